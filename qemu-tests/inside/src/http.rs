@@ -1,0 +1,58 @@
+//! One HTTP/1.1 request over a stream that is already connected.
+
+use anyhow::{Context, Result, ensure};
+use bytes::Bytes;
+use http_body_util::{BodyExt, Full};
+use hyper::{Request, client::conn::http1};
+use hyper_util::rt::TokioIo;
+use serde_json::Value;
+use tokio::io::{AsyncRead, AsyncWrite};
+
+/// A kept-alive connection.
+#[derive(Debug)]
+pub struct Connection {
+    sender: http1::SendRequest<Full<Bytes>>,
+}
+
+impl Connection {
+    /// Speaks HTTP on a stream.
+    pub async fn over<S: AsyncRead + AsyncWrite + Unpin + Send + 'static>(stream: S) -> Result<Self> {
+        let (sender, driver) = http1::handshake(TokioIo::new(stream)).await?;
+        tokio::spawn(driver);
+        Ok(Self { sender })
+    }
+
+    /// The text behind a path, without a token.
+    pub async fn text(&mut self, path: &str) -> Result<String> {
+        self.sender.ready().await?;
+        let request =
+            Request::builder().uri(path).header("host", "appliance").body(Full::from(Bytes::new()))?;
+        let answer = self.sender.send_request(request).await?;
+        ensure!(answer.status().is_success(), "GET {path}: {}", answer.status());
+        Ok(String::from_utf8(answer.into_body().collect().await?.to_bytes().to_vec())?)
+    }
+
+    /// Sends a request and answers the parsed body (`Null` for none); an error for any status but 2xx.
+    pub async fn call(
+        &mut self,
+        method: &str,
+        path: &str,
+        token: Option<&str>,
+        body: Option<&Value>,
+    ) -> Result<Value> {
+        let mut request = Request::builder().method(method).uri(path).header("host", "appliance");
+        if let Some(token) = token {
+            request = request.header("authorization", format!("Bearer {token}"));
+        }
+        let bytes = body.map(serde_json::to_vec).transpose()?.unwrap_or_default();
+        self.sender.ready().await?;
+        let answer = self.sender.send_request(request.body(Full::from(bytes))?).await?;
+        let status = answer.status();
+        let bytes = answer.into_body().collect().await?.to_bytes();
+        ensure!(status.is_success(), "{method} {path}: {status} {}", String::from_utf8_lossy(&bytes));
+        if bytes.is_empty() {
+            return Ok(Value::Null);
+        }
+        serde_json::from_slice(&bytes).context("the answer is not JSON")
+    }
+}

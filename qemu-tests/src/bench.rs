@@ -1,0 +1,92 @@
+//! `make bench`: boots a throw-away appliance, runs the measurements inside it and prints their table.
+//!
+//! What is measured, and against what, is in `qemu-tests/inside`; this is the way there and back.
+
+use std::{
+    fs::{self, File},
+    path::Path,
+    process::{ExitCode, Stdio},
+    thread::sleep,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, bail};
+use serde_json::Value;
+
+use crate::{Appliance, Running};
+
+const TOKEN: &str = "pds_00000000000000000000000000000bee";
+const TEMPLATE: &str = "base";
+
+/// Runs the benchmarks and writes their table to `bench.json` in `directory`.
+///
+/// # Errors
+/// When the appliance does not come up or a measurement fails.
+pub fn run(directory: &Path, rounds: u32) -> Result<ExitCode> {
+    let started = Instant::now();
+    let say = |text: &str| eprintln!("[bench {:3}s] {text}", started.elapsed().as_secs());
+    let mut running = Appliance::temporary()?.credential("pandastack.api_token", TOKEN).boot()?;
+    say(&format!("booting a throw-away appliance ({:?}: {})", running.accelerator(), running.choice.because));
+    running.wait_healthy(Duration::from_secs(300))?;
+    running.wait_ssh(Duration::from_secs(60))?;
+    say("waiting until all templates are baked, so that nothing else runs");
+    wait_baked(&running, &say)?;
+    let program = std::env::current_exe()?.with_file_name("bench");
+    let target = "/run/suite/bench";
+    running.operator.feed(
+        running.ssh_port,
+        &format!("mkdir -p /run/suite && cat > {target} && chmod 755 {target}"),
+        Stdio::from(
+            File::open(&program).with_context(|| format!("{} has not been built", program.display()))?,
+        ),
+    )?;
+    say(&format!("measuring, {rounds} rounds"));
+    let text = running.ssh(&format!("{target} {TOKEN} {TEMPLATE} {rounds}"))?;
+    let table: Value = serde_json::from_str(text.trim()).context("the measurements are not JSON")?;
+    fs::write(directory.join("bench.json"), serde_json::to_vec_pretty(&table)?)?;
+    print_table(&table)?;
+    say("done; also in .run/bench.json");
+    Ok(ExitCode::SUCCESS)
+}
+
+fn wait_baked(running: &Running, say: &dyn Fn(&str)) -> Result<()> {
+    let call = "busctl --json=short call ai.pandastack.storage1 /ai/pandastack/storage1 ai.pandastack.storage1.Manager Templates";
+    let deadline = Instant::now() + Duration::from_secs(1200);
+    let mut said = Instant::now();
+    loop {
+        let states = running.ssh(call)?;
+        if states.contains("\"baked\"")
+            && !["importing", "unbaked"].iter().any(|state| states.contains(&format!("\"{state}\"")))
+        {
+            return Ok(());
+        }
+        if Instant::now() > deadline {
+            bail!("templates are not baked: {states}");
+        }
+        if said.elapsed() > Duration::from_secs(15) {
+            said = Instant::now();
+            say(&format!("{} of the templates are baked", states.matches("\"baked\"").count()));
+        }
+        sleep(Duration::from_secs(2));
+    }
+}
+
+fn print_table(table: &Value) -> Result<()> {
+    println!("| name | unit | p50 | p95 | p99 | ratio | against |");
+    println!("|---|---|---|---|---|---|---|");
+    for (name, row) in table.as_object().context("the table is not an object")? {
+        let number = |key: &str| row[key].as_f64().unwrap_or(f64::NAN);
+        let (ratio, against) = match row["against"].as_str() {
+            Some(against) if !against.is_empty() => (format!("{:.2}", number("ratio")), against),
+            _ => (String::new(), ""),
+        };
+        println!(
+            "| {name} | {} | {:.0} | {:.0} | {:.0} | {ratio} | {against} |",
+            row["unit"].as_str().unwrap_or_default(),
+            number("p50"),
+            number("p95"),
+            number("p99"),
+        );
+    }
+    Ok(())
+}

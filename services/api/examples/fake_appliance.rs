@@ -1,0 +1,16 @@
+//! The HTTP API over fakes, to try a client against: `cargo run -p pandastack-api --example fake_appliance [address]`.
+//!
+//! There is no virtual machine behind it: commands and files are those of THIS machine and this user.
+
+#![allow(clippy::unwrap_used)]
+
+#[path = "../tests/common/mod.rs"]
+mod common;
+
+#[tokio::main]
+async fn main() {
+    let address = std::env::args().nth(1).unwrap_or_else(|| "127.0.0.1:8099".into());
+    let appliance = common::Appliance::start_at(&address).await;
+    println!("export PANDASTACK_API=http://{} PANDASTACK_API_KEY={}", appliance.address, common::TOKEN);
+    std::future::pending::<()>().await;
+}

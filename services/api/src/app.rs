@@ -1,0 +1,166 @@
+//! What the handlers share.
+//!
+//! Owns: the proxies to vmm and storage, the ownership cache. A sandbox's workspace never changes and an id is never
+//! used twice, so a stale entry can only lead to vmm's own "not found".
+
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex, PoisonError},
+};
+
+use futures_util::StreamExt;
+use pandastack_bus::{
+    SandboxId,
+    storage::StorageProxy,
+    vmm::{Capacity, SandboxInfo, VmmProxy},
+    zbus,
+};
+
+use crate::{
+    auth::Caller,
+    bus::again,
+    catalogue::Catalogue,
+    fresh::Fresh,
+    guest::Guests,
+    limit::Limiter,
+    metrics::Metrics,
+    output::Budget,
+    problem::{Effect, Problem},
+    tenancy::Tenancy,
+    touch::Touch,
+};
+
+const OWNERS_KEPT: usize = 16_384;
+
+/// The last answers of the daemons to health checks and metrics; `None` when one did not answer.
+#[derive(Debug, Default)]
+pub struct Public {
+    /// vmm's capacity.
+    pub capacity: Fresh<Option<Capacity>>,
+    /// Whether storage answers.
+    pub storage: Fresh<bool>,
+    /// Sandboxes by state.
+    pub states: Fresh<Option<crate::metrics::States>>,
+}
+
+/// Shared by every request.
+#[derive(Debug)]
+pub struct App {
+    /// Workspaces and tokens.
+    pub tenancy: Tenancy,
+    /// The conductor.
+    pub vmm: VmmProxy<'static>,
+    /// The catalogue of templates.
+    pub storage: StorageProxy<'static>,
+    /// What it said lately.
+    pub catalogue: Catalogue,
+    /// Conversations with guests.
+    pub guests: Arc<Guests>,
+    /// Activity.
+    pub touch: Arc<Touch>,
+    /// Requests per workspace.
+    pub limiter: Limiter,
+    /// Counters.
+    pub metrics: Metrics,
+    /// Memory for collected output.
+    pub budget: Budget,
+    /// What anybody may ask without a token, so that it costs the daemons one call per second at most.
+    pub public: Public,
+    owners: Mutex<HashMap<String, String>>,
+}
+
+impl App {
+    /// Over a bus connection on which vmm and storage are, or will be.
+    pub async fn new(bus: &zbus::Connection, tenancy: Tenancy) -> zbus::Result<Arc<Self>> {
+        // No property caches: nothing of ours has properties, and a daemon that is away must not fail this.
+        let vmm = VmmProxy::builder(bus).cache_properties(zbus::proxy::CacheProperties::No).build().await?;
+        let storage =
+            StorageProxy::builder(bus).cache_properties(zbus::proxy::CacheProperties::No).build().await?;
+        Ok(Arc::new(Self {
+            tenancy,
+            guests: Guests::new(vmm.clone()),
+            vmm,
+            storage,
+            catalogue: Catalogue::default(),
+            touch: Arc::default(),
+            limiter: Limiter::default(),
+            metrics: Metrics::default(),
+            budget: Budget::default(),
+            public: Public::default(),
+            owners: Mutex::default(),
+        }))
+    }
+
+    /// Starts what runs beside the requests, until the runtime ends.
+    pub async fn start(self: &Arc<Self>) -> zbus::Result<()> {
+        let mut changes = self.vmm.receive_changed().await?;
+        let this = Arc::clone(self);
+        tokio::spawn(async move {
+            while let Some(change) = changes.next().await {
+                if let Ok(change) = change.args()
+                    && (change.state().is_empty() || *change.state() == "failed")
+                {
+                    this.forget(change.id());
+                }
+            }
+        });
+        let mut templates = self.storage.receive_template_changed().await?;
+        let this = Arc::clone(self);
+        tokio::spawn(async move {
+            while templates.next().await.is_some() {
+                this.catalogue.changed();
+            }
+        });
+        tokio::spawn(Arc::clone(&self.touch).run(self.vmm.clone()));
+        let guests = Arc::clone(&self.guests);
+        tokio::spawn(async move {
+            let mut every = tokio::time::interval(std::time::Duration::from_secs(20));
+            loop {
+                every.tick().await;
+                guests.sweep();
+            }
+        });
+        Ok(())
+    }
+
+    /// Makes sure that a sandbox is the caller's. Usually without asking anybody.
+    pub async fn own(&self, caller: &Caller, id: &str) -> Result<(), Problem> {
+        let known = self.owners.lock().unwrap_or_else(PoisonError::into_inner).get(id).cloned();
+        match known {
+            Some(workspace) if workspace == caller.workspace => Ok(()),
+            Some(_) => Err(Problem::no_sandbox(id)),
+            None => self.get_own(caller, id).await.map(drop),
+        }
+    }
+
+    /// A sandbox of the caller's, fresh from vmm.
+    pub async fn get_own(&self, caller: &Caller, id: &str) -> Result<SandboxInfo, Problem> {
+        let Ok(id) = id.parse::<SandboxId>() else { return Err(Problem::no_sandbox(id)) };
+        let info = again(|| self.vmm.get(id.to_string())).await.map_err(|error| match error {
+            pandastack_bus::Error::NotFound(_) => {
+                self.forget(id.as_str());
+                Problem::no_sandbox(id.as_str())
+            }
+            other => Problem::about(id.as_str(), &other, Effect::None),
+        })?;
+        self.remember(&info);
+        if info.workspace == caller.workspace { Ok(info) } else { Err(Problem::no_sandbox(id.as_str())) }
+    }
+
+    /// Remembers whose a sandbox is.
+    pub fn remember(&self, info: &SandboxInfo) {
+        let mut owners = self.owners.lock().unwrap_or_else(PoisonError::into_inner);
+        if owners.len() >= OWNERS_KEPT {
+            owners.clear();
+        }
+        if !owners.contains_key(&info.id) {
+            owners.insert(info.id.clone(), info.workspace.clone());
+        }
+    }
+
+    /// Forgets a sandbox that is gone.
+    pub fn forget(&self, id: &str) {
+        self.owners.lock().unwrap_or_else(PoisonError::into_inner).remove(id);
+        self.guests.forget(id);
+    }
+}

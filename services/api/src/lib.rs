@@ -1,0 +1,32 @@
+//! The HTTP API that the published SDKs talk to.
+//!
+//! Owns: tenancy (workspaces, tokens), HTTP, the conversations with guests on streams that vmm hands out.
+//! Refuses to know: any machine. What lives, dies or is stored is vmm's and storage's.
+//!
+//! ```text
+//!   listener ──► gate ──► routes ──► vmm, storage (D-Bus: decisions)
+//!   (sockets)   (id, token,  └─────► guest ──► agent (a stream from vmm: bytes)
+//!                limit, log)
+//! ```
+
+pub mod app;
+pub mod auth;
+pub mod bus;
+pub mod catalogue;
+pub mod fresh;
+pub mod gate;
+pub mod guest;
+pub mod input;
+pub mod limit;
+pub mod listener;
+pub mod metrics;
+pub mod openapi;
+pub mod operator;
+pub mod output;
+pub mod problem;
+pub mod routes;
+pub mod start;
+pub mod table;
+pub mod tenancy;
+pub mod touch;
+pub mod wire;

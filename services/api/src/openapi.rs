@@ -1,0 +1,160 @@
+//! The OpenAPI document, from the handlers and types themselves.
+
+use utoipa::{
+    Modify, OpenApi,
+    openapi::{
+        ContentBuilder, HttpMethod, Ref, RefOr, ResponseBuilder,
+        path::Operation,
+        security::{HttpAuthScheme, HttpBuilder, SecurityScheme},
+    },
+};
+
+use crate::{
+    routes::{exec, files, lifecycle, me, meta, sandboxes, templates},
+    wire,
+};
+
+#[derive(OpenApi)]
+#[openapi(
+    info(
+        title = "PandaStack",
+        description = "Run code that nobody trusts in a Firecracker microVM of its own.",
+        license(name = "Apache-2.0", identifier = "Apache-2.0")
+    ),
+    servers((url = "/")),
+    security(("token" = [])),
+    paths(
+        meta::healthz,
+        meta::version,
+        meta::version_v1,
+        meta::metrics,
+        meta::document,
+        me::me,
+        me::list_tokens,
+        me::create_token,
+        me::revoke_token,
+        templates::list,
+        templates::get,
+        sandboxes::create,
+        sandboxes::list,
+        sandboxes::get,
+        sandboxes::delete,
+        lifecycle::get,
+        lifecycle::patch,
+        exec::exec,
+        exec::exec_stream,
+        files::read,
+        files::write,
+        files::delete,
+        files::dir,
+        files::stat,
+    ),
+    components(schemas(wire::Error)),
+    modifiers(&Common)
+)]
+struct Document;
+
+/// The whole document.
+pub fn document() -> utoipa::openapi::OpenApi {
+    Document::openapi()
+}
+
+/// What holds for every route with a token.
+struct Common;
+
+const EVERYWHERE: [(&str, &str); 7] = [
+    ("400", "the request can never succeed as it is"),
+    ("401", "no valid token"),
+    ("405", "another method is needed"),
+    ("413", "the body is too large"),
+    ("429", "too many requests; nothing was made"),
+    ("503", "not ready or no capacity; nothing was made"),
+    ("504", "no answer in time"),
+];
+
+impl Modify for Common {
+    fn modify(&self, document: &mut utoipa::openapi::OpenApi) {
+        let scheme =
+            HttpBuilder::new().scheme(HttpAuthScheme::Bearer).bearer_format("pds_ and 32 hex digits");
+        if let Some(components) = &mut document.components {
+            components.add_security_scheme("token", SecurityScheme::Http(scheme.build()));
+        }
+        for (path, item) in &mut document.paths.paths {
+            if crate::table::ROUTES.iter().any(|route| route.public && route.template == path) {
+                continue;
+            }
+            for operation in [&mut item.get, &mut item.put, &mut item.post, &mut item.patch, &mut item.delete]
+                .into_iter()
+                .flatten()
+            {
+                add_common(operation);
+            }
+        }
+    }
+}
+
+fn add_common(operation: &mut Operation) {
+    for (status, description) in EVERYWHERE {
+        operation.responses.responses.entry(status.to_owned()).or_insert_with(|| {
+            let content = ContentBuilder::new().schema(Some(Ref::from_schema_name("Error"))).build();
+            RefOr::T(
+                ResponseBuilder::new().description(description).content("application/json", content).build(),
+            )
+        });
+    }
+}
+
+/// Method and path of every operation in the document.
+pub fn operations() -> Vec<(&'static str, String)> {
+    let document = document();
+    let mut found = Vec::new();
+    for (path, item) in &document.paths.paths {
+        for (method, operation) in [
+            (HttpMethod::Get, &item.get),
+            (HttpMethod::Put, &item.put),
+            (HttpMethod::Post, &item.post),
+            (HttpMethod::Patch, &item.patch),
+            (HttpMethod::Delete, &item.delete),
+        ] {
+            if operation.is_some() {
+                let word = match method {
+                    HttpMethod::Get => "GET",
+                    HttpMethod::Put => "PUT",
+                    HttpMethod::Post => "POST",
+                    HttpMethod::Patch => "PATCH",
+                    _ => "DELETE",
+                };
+                found.push((word, path.clone()));
+            }
+        }
+    }
+    found
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_document_has_exactly_the_routes() {
+        let mut documented = operations();
+        let mut served: Vec<(&str, String)> =
+            crate::table::ROUTES.iter().map(|route| (route.method, route.template.to_owned())).collect();
+        documented.sort();
+        served.sort();
+        assert_eq!(documented, served);
+    }
+
+    #[test]
+    fn every_reference_in_it_resolves() {
+        let document = serde_json::to_value(document()).unwrap();
+        let text = document.to_string();
+        let mut count = 0;
+        for part in text.split("\"$ref\":\"#").skip(1) {
+            let pointer = part.split('"').next().unwrap();
+            assert!(document.pointer(pointer).is_some(), "{pointer}");
+            count += 1;
+        }
+        assert!(count > 50, "{count}");
+    }
+}

@@ -1,0 +1,112 @@
+//! The one list of routes: the gate, the metrics and the tests of the OpenAPI document all use it.
+
+/// A route.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Route {
+    /// HTTP method.
+    pub method: &'static str,
+    /// Path with `{…}` for parameters; `{id}` is always a sandbox.
+    pub template: &'static str,
+    /// Needs no token and is not rate limited.
+    pub public: bool,
+}
+
+const fn open(method: &'static str, template: &'static str) -> Route {
+    Route { method, template, public: true }
+}
+
+const fn shut(method: &'static str, template: &'static str) -> Route {
+    Route { method, template, public: false }
+}
+
+/// Every route there is.
+pub const ROUTES: &[Route] = &[
+    open("GET", "/healthz"),
+    open("GET", "/version"),
+    open("GET", "/v1/version"),
+    open("GET", "/metrics"),
+    open("GET", "/openapi.json"),
+    shut("GET", "/v1/me"),
+    shut("GET", "/v1/me/tokens"),
+    shut("POST", "/v1/me/tokens"),
+    shut("DELETE", "/v1/me/tokens/{prefix}"),
+    shut("GET", "/v1/templates"),
+    shut("GET", "/v1/templates/{name}"),
+    shut("POST", "/v1/sandboxes"),
+    shut("GET", "/v1/sandboxes"),
+    shut("GET", "/v1/sandboxes/{id}"),
+    shut("DELETE", "/v1/sandboxes/{id}"),
+    shut("GET", "/v1/sandboxes/{id}/lifecycle"),
+    shut("PATCH", "/v1/sandboxes/{id}/lifecycle"),
+    shut("POST", "/v1/sandboxes/{id}/exec"),
+    shut("POST", "/v1/sandboxes/{id}/exec/stream"),
+    shut("GET", "/v1/sandboxes/{id}/fs"),
+    shut("PUT", "/v1/sandboxes/{id}/fs"),
+    shut("DELETE", "/v1/sandboxes/{id}/fs"),
+    shut("GET", "/v1/sandboxes/{id}/fs/dir"),
+    shut("GET", "/v1/sandboxes/{id}/fs/stat"),
+];
+
+/// What a request asks for.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Found<'a> {
+    /// This route, with the sandbox it concerns.
+    Route(Route, Option<&'a str>),
+    /// The path is known, for these methods.
+    OtherMethods(Vec<&'static str>),
+    /// Nothing of ours.
+    Nothing,
+}
+
+/// Finds the route of a request.
+pub fn find<'a>(method: &str, path: &'a str) -> Found<'a> {
+    let mut others = Vec::new();
+    for route in ROUTES {
+        let Some(sandbox) = matches(route.template, path) else { continue };
+        if route.method == method {
+            return Found::Route(*route, sandbox);
+        }
+        others.push(route.method);
+    }
+    if others.is_empty() { Found::Nothing } else { Found::OtherMethods(others) }
+}
+
+/// `None` when the path is another one; otherwise the sandbox in it.
+fn matches<'a>(template: &str, path: &'a str) -> Option<Option<&'a str>> {
+    let (mut wanted, mut given) = (template.split('/'), path.split('/'));
+    let mut sandbox = None;
+    loop {
+        match (wanted.next(), given.next()) {
+            (None, None) => return Some(sandbox),
+            (Some(_), None) | (None, Some(_)) => return None,
+            (Some(want), Some(got)) if want.starts_with('{') => {
+                if got.is_empty() {
+                    return None;
+                }
+                if want == "{id}" {
+                    sandbox = Some(got);
+                }
+            }
+            (Some(want), Some(got)) if want != got => return None,
+            _ => {}
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn paths_are_found() {
+        assert_eq!(find("GET", "/healthz"), Found::Route(open("GET", "/healthz"), None));
+        assert_eq!(
+            find("GET", "/v1/sandboxes/abc/fs/dir"),
+            Found::Route(shut("GET", "/v1/sandboxes/{id}/fs/dir"), Some("abc"))
+        );
+        assert_eq!(find("PUT", "/v1/sandboxes"), Found::OtherMethods(vec!["POST", "GET"]));
+        for path in ["/healthzX", "/v1/sandboxes/", "/v1/sandboxes//fs", "/", "", "/v1/sandboxes/a/fork"] {
+            assert_eq!(find("GET", path), Found::Nothing, "{path:?}");
+        }
+    }
+}

@@ -1,0 +1,91 @@
+//! `ai.pandastack.api1`: tenancy for the operator (`busctl call ai.pandastack.api1 …`).
+
+use std::{future::Future, sync::Arc};
+
+use serde::{Deserialize, Serialize};
+use zbus::{Type, interface};
+
+use crate::Result;
+
+/// Well-known name of the daemon.
+pub const NAME: &str = "ai.pandastack.api1";
+/// Its only object.
+pub const PATH: &str = "/ai/pandastack/api1";
+
+/// A token without its secret.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, Type)]
+pub struct TokenInfo {
+    /// The first 12 characters of the token: its public name.
+    pub prefix: String,
+    /// Workspace it opens.
+    pub workspace: String,
+    /// Free text.
+    pub label: String,
+    /// Unix milliseconds.
+    pub created_unix_ms: u64,
+    /// Unix milliseconds; 0 means never.
+    pub expires_unix_ms: u64,
+    /// Unix milliseconds of its last use; 0 means not yet. May lag behind by a minute.
+    pub last_used_unix_ms: u64,
+}
+
+/// What the api daemon does for an operator; see the interface for the meaning of each method.
+pub trait ApiBackend: Send + Sync + 'static {
+    /// See [`Api`].
+    fn create_workspace(&self, name: String) -> impl Future<Output = Result<bool>> + Send;
+    /// See [`Api`].
+    fn list_workspaces(&self) -> impl Future<Output = Result<Vec<String>>> + Send;
+    /// See [`Api`].
+    fn delete_workspace(&self, name: String) -> impl Future<Output = Result<bool>> + Send;
+    /// See [`Api`].
+    fn create_token(
+        &self,
+        workspace: String,
+        label: String,
+        expires_in_days: u32,
+    ) -> impl Future<Output = Result<String>> + Send;
+    /// See [`Api`].
+    fn list_tokens(&self, workspace: String) -> impl Future<Output = Result<Vec<TokenInfo>>> + Send;
+    /// See [`Api`].
+    fn revoke_token(&self, prefix: String) -> impl Future<Output = Result<bool>> + Send;
+}
+
+/// The interface `ai.pandastack.api1.Manager` over any backend.
+#[derive(Debug)]
+pub struct Api<B>(pub Arc<B>);
+
+#[interface(
+    name = "ai.pandastack.api1.Manager",
+    proxy(default_service = "ai.pandastack.api1", default_path = "/ai/pandastack/api1")
+)]
+impl<B: ApiBackend> Api<B> {
+    /// Makes a workspace (a DNS label of at most 40 characters). Answers whether it is new.
+    async fn create_workspace(&self, name: String) -> Result<bool> {
+        self.0.create_workspace(name).await
+    }
+
+    /// All workspaces, by name.
+    async fn list_workspaces(&self) -> Result<Vec<String>> {
+        self.0.list_workspaces().await
+    }
+
+    /// Removes a workspace and its tokens; refused while it has sandboxes. Answers whether it was there.
+    async fn delete_workspace(&self, name: String) -> Result<bool> {
+        self.0.delete_workspace(name).await
+    }
+
+    /// Makes a token and answers it in full: the only time it is shown. `expires_in_days` 0 means never.
+    async fn create_token(&self, workspace: String, label: String, expires_in_days: u32) -> Result<String> {
+        self.0.create_token(workspace, label, expires_in_days).await
+    }
+
+    /// The tokens of a workspace; of all for the empty name.
+    async fn list_tokens(&self, workspace: String) -> Result<Vec<TokenInfo>> {
+        self.0.list_tokens(workspace).await
+    }
+
+    /// Revokes a token by its prefix. Answers whether it was there; it opens nothing from then on.
+    async fn revoke_token(&self, prefix: String) -> Result<bool> {
+        self.0.revoke_token(prefix).await
+    }
+}

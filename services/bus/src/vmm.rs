@@ -1,0 +1,248 @@
+//! `ai.pandastack.vmm1`: the life of every sandbox.
+
+use std::{collections::BTreeMap, future::Future, os::fd::OwnedFd as StdFd, sync::Arc};
+
+use serde::{Deserialize, Serialize};
+use zbus::{OwnedFd, Type, interface, object_server::SignalEmitter};
+
+use crate::{Error, Result};
+
+/// Well-known name of the daemon.
+pub const NAME: &str = "ai.pandastack.vmm1";
+/// Its only object.
+pub const PATH: &str = "/ai/pandastack/vmm1";
+
+/// What a caller wants to have.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, Type)]
+pub struct SandboxSpec {
+    /// Tenant that owns the sandbox.
+    pub workspace: String,
+    /// Name of a template, never an alias.
+    pub template: String,
+    /// The caller's labels, `secret.` keys included.
+    pub metadata: BTreeMap<String, String>,
+    /// Seconds without a request after which the sandbox is deleted. At least 1.
+    pub ttl_seconds: u64,
+    /// Never deleted for idleness, and brought back after a power cut.
+    pub persistent: bool,
+    /// Size of the root disk in MiB; 0 means the template's.
+    pub disk_mib: u64,
+}
+
+/// Where a sandbox is in its life. The text form is the API's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, Type)]
+#[zvariant(signature = "s")]
+#[serde(rename_all = "lowercase")]
+pub enum State {
+    /// On disk, not yet answering.
+    Creating,
+    /// The guest answers.
+    Running,
+    /// Its processors stand still, its memory is held.
+    Paused,
+    /// Memory and disk are on storage; no process runs.
+    Hibernated,
+    /// Being taken down.
+    Stopping,
+    /// Its process is gone and it will not come back; `reason` says why. The record stays until it is deleted.
+    Failed,
+}
+
+/// A sandbox as it is now.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, Type)]
+pub struct SandboxInfo {
+    /// See [`crate::SandboxId`].
+    pub id: String,
+    /// Owner.
+    pub workspace: String,
+    /// Template it came from.
+    pub template: String,
+    /// Virtual processors.
+    pub vcpus: u32,
+    /// Guest memory in MiB.
+    pub memory_mib: u64,
+    /// Root disk in MiB.
+    pub disk_mib: u64,
+    /// Where it is in its life.
+    pub state: State,
+    /// One sentence on why it is `failed`; empty otherwise.
+    pub reason: String,
+    /// The caller's labels.
+    pub metadata: BTreeMap<String, String>,
+    /// Idle limit in seconds.
+    pub ttl_seconds: u64,
+    /// Seconds since the last request that concerned it.
+    pub idle_seconds: u64,
+    /// Exempt from the idle limit.
+    pub persistent: bool,
+    /// Outside IPv4 address; empty while it has none.
+    pub guest_ip: String,
+    /// `snapshot` for a restored guest, `cold` for one that was booted again after a power cut.
+    pub boot_mode: String,
+    /// Milliseconds from accepting the request to the guest's first answer.
+    pub boot_ms: u64,
+    /// Creation time, Unix milliseconds.
+    pub created_unix_ms: u64,
+    /// Counts every change of this sandbox.
+    pub generation: u64,
+}
+
+/// What is left to give away.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, Type)]
+pub struct Capacity {
+    /// Sandboxes that have a record.
+    pub sandboxes: u32,
+    /// Of these, running.
+    pub running: u32,
+    /// Prepared slots waiting for a request.
+    pub slots: u32,
+    /// Slots that are kept ready when nothing else is to be done.
+    pub slots_wanted: u32,
+    /// Memory available on the host, MiB.
+    pub memory_available_mib: u64,
+    /// Memory kept back for the host, MiB. Below it creates are refused.
+    pub memory_reserve_mib: u64,
+    /// Creates that succeeded since the daemon started.
+    pub creates_total: u64,
+    /// Creates that were refused or failed since the daemon started.
+    pub create_failures_total: u64,
+}
+
+/// Something that happened to a sandbox, newest last.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, Type)]
+pub struct Event {
+    /// Unix milliseconds.
+    pub unix_ms: u64,
+    /// For example `sandbox.running`, `sandbox.deleted`, `vm.died`, `recover.cold_boot`.
+    pub kind: String,
+    /// One sentence; may be empty.
+    pub detail: String,
+}
+
+/// What the vmm daemon does; see the interface for the meaning of each method.
+pub trait VmmBackend: Send + Sync + 'static {
+    /// See [`Vmm`].
+    fn create(&self, request: String, spec: SandboxSpec) -> impl Future<Output = Result<SandboxInfo>> + Send;
+    /// See [`Vmm`].
+    fn get(&self, id: String) -> impl Future<Output = Result<SandboxInfo>> + Send;
+    /// See [`Vmm`].
+    fn list(&self, workspace: String) -> impl Future<Output = Result<Vec<SandboxInfo>>> + Send;
+    /// See [`Vmm`].
+    fn delete(&self, id: String) -> impl Future<Output = Result<bool>> + Send;
+    /// See [`Vmm`].
+    fn set_ttl(&self, id: String, ttl_seconds: u64) -> impl Future<Output = Result<SandboxInfo>> + Send;
+    /// See [`Vmm`].
+    fn set_persistent(
+        &self,
+        id: String,
+        persistent: bool,
+    ) -> impl Future<Output = Result<SandboxInfo>> + Send;
+    /// See [`Vmm`].
+    fn touch(&self, ids: Vec<String>) -> impl Future<Output = Result<()>> + Send;
+    /// See [`Vmm`].
+    fn open_agent(&self, id: String) -> impl Future<Output = Result<StdFd>> + Send;
+    /// See [`Vmm`].
+    fn events(&self, id: String) -> impl Future<Output = Result<Vec<Event>>> + Send;
+    /// See [`Vmm`].
+    fn capacity(&self) -> impl Future<Output = Result<Capacity>> + Send;
+    /// See [`Vmm`].
+    fn create_timings(&self, id: String) -> impl Future<Output = Result<Vec<(String, u64)>>> + Send;
+}
+
+/// The interface `ai.pandastack.vmm1.Manager` over any backend.
+#[derive(Debug)]
+pub struct Vmm<B>(pub Arc<B>);
+
+#[interface(
+    name = "ai.pandastack.vmm1.Manager",
+    proxy(default_service = "ai.pandastack.vmm1", default_path = "/ai/pandastack/vmm1")
+)]
+impl<B: VmmBackend> Vmm<B> {
+    /// Makes a sandbox and returns when its guest accepts commands. `request` is the caller's name for this wish: the
+    /// same request answers with the same sandbox, however often it is asked. An empty request is never remembered.
+    async fn create(&self, request: String, spec: SandboxSpec) -> Result<SandboxInfo> {
+        self.0.create(request, spec).await
+    }
+
+    /// One sandbox. Does not count as activity.
+    async fn get(&self, id: String) -> Result<SandboxInfo> {
+        self.0.get(id).await
+    }
+
+    /// The sandboxes of a workspace, oldest first; of all workspaces for the empty name.
+    async fn list(&self, workspace: String) -> Result<Vec<SandboxInfo>> {
+        self.0.list(workspace).await
+    }
+
+    /// Deletes a sandbox with everything it has. Answers whether it was there; returns when it is gone for good.
+    async fn delete(&self, id: String) -> Result<bool> {
+        self.0.delete(id).await
+    }
+
+    /// Sets the idle limit in seconds; `WrongState` while the sandbox is being made or recovered. Counts as activity.
+    async fn set_ttl(&self, id: String, ttl_seconds: u64) -> Result<SandboxInfo> {
+        self.0.set_ttl(id, ttl_seconds).await
+    }
+
+    /// Exempts from the idle limit, or no longer; `WrongState` while the sandbox is being made or recovered.
+    async fn set_persistent(&self, id: String, persistent: bool) -> Result<SandboxInfo> {
+        self.0.set_persistent(id, persistent).await
+    }
+
+    /// Says that these sandboxes were used just now. Unknown ids are ignored.
+    async fn touch(&self, ids: Vec<String>) -> Result<()> {
+        self.0.touch(ids).await
+    }
+
+    /// A connected stream to the guest's agent, nothing spoken on it yet. Counts as activity.
+    async fn open_agent(&self, id: String) -> Result<OwnedFd> {
+        Ok(self.0.open_agent(id).await?.into())
+    }
+
+    /// What happened to a sandbox, oldest first, a bounded number.
+    async fn events(&self, id: String) -> Result<Vec<Event>> {
+        self.0.events(id).await
+    }
+
+    /// What is left to give away.
+    async fn capacity(&self) -> Result<Capacity> {
+        self.0.capacity().await
+    }
+
+    /// What each step of making this sandbox took, microseconds by name in order; for `make bench`. The steps up to
+    /// `await_api_us` made its slot, before the request. Empty once the daemon was restarted. (The bare restore that a create
+    /// is compared with is measured by a program of its own: vmm may not start machines itself.)
+    async fn create_timings(&self, id: String) -> Result<Vec<(String, u64)>> {
+        self.0.create_timings(id).await
+    }
+
+    /// A sandbox changed; gone when the state is empty. `generation` lets a listener notice what it missed.
+    #[zbus(signal)]
+    pub async fn changed(
+        emitter: &SignalEmitter<'_>,
+        id: &str,
+        workspace: &str,
+        state: &str,
+        generation: u64,
+    ) -> zbus::Result<()>;
+}
+
+impl State {
+    /// The API's word for it.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Creating => "creating",
+            Self::Running => "running",
+            Self::Paused => "paused",
+            Self::Hibernated => "hibernated",
+            Self::Stopping => "stopping",
+            Self::Failed => "failed",
+        }
+    }
+}
+
+/// The error for an id that nobody has.
+pub fn unknown_sandbox(id: &str) -> Error {
+    let shown: String = id.chars().take(64).collect();
+    Error::NotFound(format!("sandbox {shown:?} not found"))
+}

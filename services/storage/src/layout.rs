@@ -1,0 +1,207 @@
+//! Every path of the storage daemon, and nothing else: no other module joins path names.
+//!
+//! ```text
+//!   <state>/artefacts/<sha256>                   firecracker, vmlinux, initrd.img: linked into sandbox directories
+//!   <state>/artefacts/current.json               which of them belong to the running image
+//!   <state>/templates/<name>/disk/               root.img, manifest.json: the pristine disk, imported
+//!   <state>/templates/<name>/bakes/<bake>/       mem, state, root.img, manifest.json: sealed, never written again
+//!   <state>/sandboxes/<id>/                      what a unit sees as /vm; `s/` in it is Firecracker's own
+//!   <state>/staging/                             everything that is not finished; emptied at start
+//!   <state>/trash/                               everything that is on its way out; emptied at start
+//! ```
+
+use std::path::{Path, PathBuf};
+
+use pandastack_bus::SandboxId;
+
+use crate::{bake::BakeId, identity::Digest, template::TemplateName};
+
+/// Directory of a sandbox that Firecracker may write to.
+pub const SOCKETS: &str = "s";
+/// Root disk.
+pub const ROOT: &str = "root.img";
+/// Guest memory.
+pub const MEM: &str = "mem";
+/// State of the virtual machine.
+pub const STATE: &str = "state";
+/// Guest kernel.
+pub const KERNEL: &str = "vmlinux";
+/// Guest initramfs.
+pub const INITRD: &str = "initrd.img";
+/// The program that runs the guest.
+pub const FIRECRACKER: &str = "firecracker";
+/// Symbolic link whose text says what filled a sandbox directory; made last.
+pub const FILLED: &str = ".filled";
+/// What a directory of ours holds; its presence says that the directory is complete.
+pub const MANIFEST: &str = "manifest.json";
+/// Description of a template on its partition.
+pub const DESCRIPTION: &str = "template.toml";
+/// Optional on the template partition: a text that changes whenever the disk image does.
+pub const IDENTITY: &str = "identity";
+
+/// The paths below one state directory.
+#[derive(Debug, Clone)]
+pub struct Layout {
+    state: PathBuf,
+}
+
+impl Layout {
+    /// The layout below `state`.
+    pub fn new(state: &Path) -> Self {
+        Self { state: state.to_owned() }
+    }
+
+    /// The state directory itself.
+    pub fn state(&self) -> &Path {
+        &self.state
+    }
+
+    /// Parent of all artefacts.
+    pub fn artefacts(&self) -> PathBuf {
+        self.state.join("artefacts")
+    }
+
+    /// One artefact.
+    pub fn artefact(&self, digest: &Digest) -> PathBuf {
+        self.artefacts().join(digest.as_str())
+    }
+
+    /// Which artefacts belong to the running image.
+    pub fn current_artefacts(&self) -> PathBuf {
+        self.artefacts().join("current.json")
+    }
+
+    /// Parent of all templates.
+    pub fn templates(&self) -> PathBuf {
+        self.state.join("templates")
+    }
+
+    /// One template.
+    pub fn template(&self, name: &TemplateName) -> PathBuf {
+        self.templates().join(name.as_str())
+    }
+
+    /// The imported disk of a template, with its manifest.
+    pub fn disk(&self, name: &TemplateName) -> PathBuf {
+        self.template(name).join("disk")
+    }
+
+    /// Parent of the bakes of a template.
+    pub fn bakes(&self, name: &TemplateName) -> PathBuf {
+        self.template(name).join("bakes")
+    }
+
+    /// One bake.
+    pub fn bake(&self, name: &TemplateName, bake: &BakeId) -> PathBuf {
+        self.bakes(name).join(bake.as_str())
+    }
+
+    /// Parent of all sandbox directories.
+    pub fn sandboxes(&self) -> PathBuf {
+        self.state.join("sandboxes")
+    }
+
+    /// One sandbox directory.
+    pub fn sandbox(&self, id: &SandboxId) -> PathBuf {
+        self.sandboxes().join(id.as_str())
+    }
+
+    /// Parent of what is not finished.
+    pub fn staging(&self) -> PathBuf {
+        self.state.join("staging")
+    }
+
+    /// A fresh name for something unfinished. `tag` and `number` are unique together within a process.
+    pub fn staged(&self, tag: &str, number: u64) -> PathBuf {
+        self.staging().join(format!("{tag}.{number}"))
+    }
+
+    /// Parent of what is on its way out.
+    pub fn trash(&self) -> PathBuf {
+        self.state.join("trash")
+    }
+
+    /// A fresh name for something on its way out.
+    pub fn trashed(&self, tag: &str, number: u64) -> PathBuf {
+        self.trash().join(format!("{tag}.{number}"))
+    }
+}
+
+/// Where the image keeps what is brought onto the data partition.
+#[derive(Debug, Clone)]
+pub struct Sources {
+    /// Catalogue: `<name>/template.toml`, `<name>/root.img`.
+    pub templates: PathBuf,
+    /// Firecracker's binary.
+    pub firecracker: PathBuf,
+    /// Guest kernel, uncompressed.
+    pub vmlinux: PathBuf,
+    /// Guest initramfs.
+    pub initrd: PathBuf,
+}
+
+impl Default for Sources {
+    fn default() -> Self {
+        Self {
+            templates: "/usr/share/pandastack/templates".into(),
+            firecracker: "/usr/lib/pandastack/firecracker".into(),
+            vmlinux: "/usr/lib/pandastack/guest/vmlinux".into(),
+            initrd: "/usr/lib/pandastack/guest/initrd.img".into(),
+        }
+    }
+}
+
+impl Sources {
+    /// Folder of a template.
+    pub fn template(&self, name: &TemplateName) -> PathBuf {
+        self.templates.join(name.as_str())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Component;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn no_name_of_anyone_leaves_its_directory(text in ".{0,70}", number in any::<u64>()) {
+            let layout = Layout::new(Path::new("/state"));
+            let mut paths = vec![layout.staged("x", number)];
+            if let Ok(name) = text.parse::<TemplateName>() {
+                paths.extend([layout.template(&name), layout.disk(&name), Sources::default().template(&name)]);
+                prop_assert_eq!(layout.template(&name).parent().map(Path::to_owned), Some(layout.templates()));
+            }
+            if let Ok(id) = text.parse::<SandboxId>() {
+                paths.push(layout.sandbox(&id));
+            }
+            if let Ok(digest) = text.parse::<Digest>() {
+                paths.push(layout.artefact(&digest));
+            }
+            for path in paths {
+                prop_assert!(!path.components().any(|part| part == Component::ParentDir), "{:?}", path);
+                prop_assert!(path.is_absolute());
+            }
+        }
+    }
+
+    #[test]
+    fn everything_is_below_the_state_directory() {
+        let layout = Layout::new(Path::new("/state"));
+        let name = "base".parse().unwrap();
+        let bake = BakeId::from(&Digest::of(b"x"));
+        for path in [
+            layout.current_artefacts(),
+            layout.artefact(&Digest::of(b"y")),
+            layout.bake(&name, &bake),
+            layout.sandbox(&SandboxId::random()),
+            layout.staged("a", 1),
+            layout.trashed("a", 1),
+        ] {
+            assert!(path.starts_with("/state"), "{path:?}");
+        }
+    }
+}

@@ -1,0 +1,251 @@
+//! Talking to the agent in a guest: dialling, identity, and the few requests that vmm makes itself.
+//!
+//! Owns: the `CONNECT` line of Firecracker's vsock and the repetition until a restored guest answers. Refuses to know:
+//! frames and messages (the protocol crate), what a caller does with a stream it was handed.
+
+use std::{
+    io,
+    os::fd::OwnedFd,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
+
+use pandastack_bus::{Error, Result, SandboxId};
+use pandastack_protocol::{
+    Client, ClientError, Defaults, Exec, ExecEvent, Identity, PORT, Request, Sessions, Unique,
+};
+use serde::de::IgnoredAny;
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::UnixStream,
+    time::{Instant, sleep, timeout, timeout_at},
+};
+
+use crate::{
+    ports::{Answered, Guest, Identification},
+    record::hex,
+    socket::{Sockets, VSOCK},
+};
+
+/// One attempt to be greeted. A guest that answers at all answers within this; one that was reset never does.
+const ATTEMPT: Duration = Duration::from_millis(1500);
+/// Requests that only change settings.
+const SHORT: Duration = Duration::from_secs(10);
+/// Writing everything dirty to the disk, growing a file system.
+const DISK: Duration = Duration::from_secs(60);
+/// A template's warm-up command; importing a whole data stack under emulation takes minutes.
+const WARM_UP: Duration = Duration::from_secs(900);
+/// Longest `OK <port>` line.
+const LINE: usize = 32;
+
+/// The agents of all sandboxes.
+#[derive(Debug, Clone)]
+pub struct Agents {
+    sockets: Sockets,
+}
+
+impl Agents {
+    /// Dials through these sockets.
+    pub fn new(sockets: Sockets) -> Self {
+        Self { sockets }
+    }
+
+    /// A stream to the agent on which nothing was spoken yet.
+    async fn dial(&self, id: &SandboxId) -> io::Result<UnixStream> {
+        let mut stream = self.sockets.connect(id, VSOCK).await?;
+        stream.write_all(format!("CONNECT {PORT}\n").as_bytes()).await?;
+        let mut line = Vec::with_capacity(LINE);
+        while !line.ends_with(b"\n") {
+            // The guest is silent until it is greeted, so the line ends what there is to read.
+            let mut rest = [0; LINE];
+            let room = LINE - line.len();
+            let count = match room {
+                0 => 0,
+                _ => stream.read(&mut rest[..room]).await?,
+            };
+            if count == 0 {
+                return Err(io::ErrorKind::ConnectionReset.into());
+            }
+            line.extend_from_slice(&rest[..count]);
+            if line.iter().position(|byte| *byte == b'\n').is_some_and(|end| end + 1 != line.len()) {
+                return Err(io::Error::new(
+                    io::ErrorKind::InvalidData,
+                    "the guest spoke before it was greeted",
+                ));
+            }
+        }
+        if line.starts_with(b"OK ") {
+            return Ok(stream);
+        }
+        Err(io::Error::new(io::ErrorKind::InvalidData, "this is not Firecracker's vsock"))
+    }
+
+    async fn greet(
+        &self,
+        id: &SandboxId,
+        limit: Duration,
+    ) -> std::result::Result<Client<UnixStream>, ClientError> {
+        let stream = timeout(limit, self.dial(id)).await.map_err(|_| ClientError::Timeout)??;
+        Client::greet(stream, random_u64(), limit).await
+    }
+
+    async fn call(&self, id: &SandboxId, request: &Request, limit: Duration) -> Result<()> {
+        let mut client = self.greet(id, SHORT).await.map_err(|error| unreachable(&error))?;
+        client.call::<IgnoredAny>(request, limit).await.map_err(|error| unreachable(&error))?;
+        Ok(())
+    }
+}
+
+impl Guest for Agents {
+    async fn identify(
+        &self,
+        id: &SandboxId,
+        identification: &Identification,
+        deadline: Instant,
+    ) -> Result<Answered> {
+        let mut pause = Duration::from_millis(1);
+        let mut last = String::from("it was never reached");
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Err(Error::GuestUnreachable(format!("the guest did not answer in time: {last}")));
+            }
+            // Right after a restore a connection can be accepted and then closed by the pending reset.
+            let attempt = async {
+                let mut client = self.greet(id, ATTEMPT.min(left)).await?;
+                let hello = Instant::now();
+                let request = Request::Identity(identity(id, identification));
+                client.call::<IgnoredAny>(&request, SHORT.min(left)).await?;
+                Ok::<_, ClientError>(Answered { hello, identified: Instant::now() })
+            };
+            match timeout_at(deadline, attempt).await.unwrap_or(Err(ClientError::Timeout)) {
+                Ok(answered) => return Ok(answered),
+                // It answered and said no: a repetition would not make it unique.
+                Err(ClientError::Guest(failure)) => {
+                    return Err(Error::GuestUnreachable(format!(
+                        "the guest refused its identity: {failure}"
+                    )));
+                }
+                Err(error) => last = pandastack_daemon::chain(&error),
+            }
+            sleep(pause).await;
+            pause = (pause * 2).min(Duration::from_millis(100));
+        }
+    }
+
+    async fn grow_root(&self, id: &SandboxId) -> Result<()> {
+        self.call(id, &Request::GrowRoot {}, DISK).await
+    }
+
+    async fn warm_up(&self, id: &SandboxId, command: &str) -> Result<()> {
+        if !command.trim().is_empty() {
+            timeout(WARM_UP + SHORT, self.run(id, command))
+                .await
+                .map_err(|_| Error::Timeout("the warm-up command did not end".into()))??;
+        }
+        let mut client = self.greet(id, SHORT).await.map_err(|error| unreachable(&error))?;
+        let open: Sessions =
+            client.call(&Request::Sessions {}, SHORT).await.map_err(|error| unreachable(&error))?;
+        for session in open.sessions.iter().filter(|session| session.exit.is_none()) {
+            let kill = Request::Kill { session: session.session.clone() };
+            client.call::<IgnoredAny>(&kill, SHORT).await.map_err(|error| unreachable(&error))?;
+        }
+        client.call::<IgnoredAny>(&Request::Sync {}, DISK).await.map_err(|error| unreachable(&error))?;
+        drop(client);
+        // The guest notices the end of the last connection before its memory is taken.
+        sleep(Duration::from_millis(500)).await;
+        Ok(())
+    }
+
+    async fn open(&self, id: &SandboxId) -> Result<OwnedFd> {
+        let stream = timeout(SHORT, self.dial(id))
+            .await
+            .unwrap_or(Err(io::ErrorKind::TimedOut.into()))
+            .map_err(|error| Error::GuestUnreachable(format!("the guest cannot be reached: {error}")))?;
+        Ok(stream.into_std().map_err(|error| Error::Internal(error.to_string()))?.into())
+    }
+}
+
+impl Agents {
+    /// Runs a shell command to its end; its failure is ours, with the last of its output.
+    async fn run(&self, id: &SandboxId, command: &str) -> Result<()> {
+        let client = self.greet(id, SHORT).await.map_err(|error| unreachable(&error))?;
+        let exec = Exec {
+            session: SandboxId::random().to_string(),
+            argv: ["/bin/sh", "-c", command].map(str::to_owned).to_vec(),
+            timeout_ms: WARM_UP.as_millis() as u64,
+            ..Exec::default()
+        };
+        let mut stream = client.exec(exec, SHORT).await.map_err(|(_, error)| unreachable(&error))?;
+        let mut tail: Vec<u8> = Vec::new();
+        loop {
+            match stream.next().await.map_err(|error| unreachable(&error))? {
+                ExecEvent::Stdout(bytes) | ExecEvent::Stderr(bytes) => {
+                    tail.extend_from_slice(&bytes);
+                    tail.drain(..tail.len().saturating_sub(400));
+                }
+                ExecEvent::Exit(exit) if exit.code == 0 => return Ok(()),
+                ExecEvent::Exit(exit) => {
+                    let said = String::from_utf8_lossy(&tail).trim().to_owned();
+                    return Err(Error::GuestUnreachable(format!(
+                        "the warm-up command ended with {}: {said}",
+                        exit.code
+                    )));
+                }
+            }
+        }
+    }
+}
+
+fn identity(id: &SandboxId, identification: &Identification) -> Identity {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    let mut entropy = [0u8; 64];
+    fill(&mut entropy);
+    Identity {
+        unix_nanos: now.as_nanos() as u64,
+        entropy: hex(&entropy),
+        unique: identification.machine_id.as_ref().map(|machine_id| Unique {
+            sandbox: id.to_string(),
+            machine_id: machine_id.clone(),
+            boot_id: boot_id(),
+            hostname: format!("sb-{}", &id.as_str()[..12]),
+        }),
+        defaults: Some(Defaults { env: identification.env.clone(), workdir: String::new() }),
+    }
+}
+
+/// A random machine id: 32 hexadecimal digits.
+pub fn machine_id() -> String {
+    hex(&uuid())
+}
+
+fn boot_id() -> String {
+    let text = hex(&uuid());
+    format!("{}-{}-{}-{}-{}", &text[..8], &text[8..12], &text[12..16], &text[16..20], &text[20..])
+}
+
+/// A random UUID, version 4.
+fn uuid() -> [u8; 16] {
+    let mut bytes = [0; 16];
+    fill(&mut bytes);
+    bytes[6] = bytes[6] & 0x0f | 0x40;
+    bytes[8] = bytes[8] & 0x3f | 0x80;
+    bytes
+}
+
+fn random_u64() -> u64 {
+    let mut bytes = [0; 8];
+    fill(&mut bytes);
+    u64::from_le_bytes(bytes)
+}
+
+fn fill(bytes: &mut [u8]) {
+    getrandom::fill(bytes).expect("the kernel's random generator answers once the machine is up");
+}
+
+fn unreachable(error: &ClientError) -> Error {
+    Error::GuestUnreachable(pandastack_daemon::chain(error))
+}
+
+#[cfg(test)]
+#[path = "agent_tests.rs"]
+mod tests;

@@ -1,0 +1,112 @@
+use tokio::net::UnixListener;
+
+use super::*;
+use crate::socket::Sockets;
+
+type Place = (tempfile::TempDir, Agents, SandboxId, UnixListener);
+
+fn place() -> Place {
+    let root = tempfile::tempdir().unwrap();
+    let id = SandboxId::random();
+    let s = root.path().join(id.as_str()).join("s");
+    std::fs::create_dir_all(&s).unwrap();
+    let listener = UnixListener::bind(s.join(VSOCK)).unwrap();
+    let agents = Agents::new(Sockets::new(root.path()));
+    (root, agents, id, listener)
+}
+
+fn nobody() -> Identification {
+    Identification { machine_id: None, env: Default::default() }
+}
+
+/// Reads `CONNECT 52\n`.
+async fn connected(listener: &UnixListener) -> UnixStream {
+    let (mut stream, _) = listener.accept().await.unwrap();
+    let mut line = [0; 11];
+    stream.read_exact(&mut line).await.unwrap();
+    assert_eq!(&line, b"CONNECT 52\n");
+    stream
+}
+
+#[tokio::test]
+async fn a_stream_is_handed_out_after_the_ok_line() {
+    let (_root, agents, id, listener) = place();
+    let server = async {
+        let mut stream = connected(&listener).await;
+        stream.write_all(b"OK 1073").await.unwrap();
+        stream.write_all(b"741824\n").await.unwrap();
+        stream
+    };
+
+    let (stream, mut served) = tokio::join!(agents.open(&id), server);
+
+    let mut stream = UnixStream::from_std(std::os::unix::net::UnixStream::from(stream.unwrap())).unwrap();
+    served.write_all(b"x").await.unwrap();
+    assert_eq!(stream.read_u8().await.unwrap(), b'x');
+}
+
+#[tokio::test]
+async fn a_guest_that_speaks_first_or_never_ends_its_line_is_refused() {
+    for said in [&b"OK 1\nextra"[..], &[b'O'; 64], b"NO\n", b""] {
+        let (_root, agents, id, listener) = place();
+        let server = async {
+            let mut stream = connected(&listener).await;
+            stream.write_all(said).await.unwrap();
+            stream.shutdown().await.unwrap();
+        };
+
+        let (stream, ()) = tokio::join!(agents.open(&id), server);
+
+        assert!(matches!(stream, Err(Error::GuestUnreachable(_))), "{said:?}");
+    }
+}
+
+#[tokio::test]
+async fn a_connection_that_is_closed_at_first_is_tried_again() {
+    let (_root, agents, id, listener) = place();
+    let tries = tokio::spawn(async move {
+        let mut count = 0;
+        loop {
+            drop(connected(&listener).await);
+            count += 1;
+            if count == 3 {
+                return count;
+            }
+        }
+    });
+
+    let limit = Instant::now() + Duration::from_millis(900);
+    let answer = agents.identify(&id, &nobody(), limit).await;
+
+    assert!(matches!(answer, Err(Error::GuestUnreachable(_))), "fails closed: {answer:?}");
+    assert_eq!(tries.await.unwrap(), 3);
+}
+
+#[tokio::test]
+async fn a_silent_guest_is_given_up_at_the_deadline() {
+    let (_root, agents, id, _listener) = place();
+    let start = Instant::now();
+
+    let answer = agents.identify(&id, &nobody(), start + Duration::from_millis(300)).await;
+
+    assert!(matches!(answer, Err(Error::GuestUnreachable(_))));
+    assert!(start.elapsed() < Duration::from_secs(3));
+}
+
+#[test]
+fn identities_differ_and_have_their_form() {
+    let id = SandboxId::random();
+    let who = Identification { machine_id: Some(machine_id()), env: Default::default() };
+
+    let (one, two) = (identity(&id, &who), identity(&id, &who));
+
+    assert_ne!(one.entropy, two.entropy);
+    assert_eq!(one.entropy.len(), 128);
+    let (one, two) = (one.unique.unwrap(), two.unique.unwrap());
+    assert_eq!(one.machine_id, two.machine_id);
+    assert_ne!(one.boot_id, two.boot_id);
+    let lengths: Vec<_> = one.boot_id.split('-').map(str::len).collect();
+    assert_eq!(lengths, [8, 4, 4, 4, 12]);
+    assert_eq!(&one.boot_id[14..15], "4");
+    assert_eq!(one.hostname, format!("sb-{}", &id.as_str()[..12]));
+}

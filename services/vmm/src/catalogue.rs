@@ -1,0 +1,109 @@
+//! The templates as storage last told, so that a create asks nobody.
+//!
+//! Owns: a copy and its renewal. Refuses to know: how a template gets its snapshot (`bake`).
+
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use pandastack_bus::{
+    Error, Result,
+    storage::{StorageBackend, TemplateInfo, TemplateState},
+};
+use tokio::{
+    sync::watch,
+    time::{Instant, timeout_at},
+};
+
+/// The copy.
+#[derive(Debug)]
+pub struct Catalogue {
+    templates: Mutex<BTreeMap<String, TemplateInfo>>,
+    renewed: watch::Sender<u64>,
+}
+
+impl Default for Catalogue {
+    fn default() -> Self {
+        Self { templates: Mutex::default(), renewed: watch::Sender::new(0) }
+    }
+}
+
+impl Catalogue {
+    /// Copies it anew.
+    ///
+    /// # Errors
+    /// Storage does not answer; the old copy stays.
+    pub async fn renew<S: StorageBackend>(&self, storage: &S) -> Result<()> {
+        let all = storage.templates().await?;
+        let all = all.into_iter().map(|template| (template.name.clone(), template)).collect();
+        *self.templates.lock().unwrap_or_else(PoisonError::into_inner) = all;
+        self.renewed.send_modify(|count| *count += 1);
+        Ok(())
+    }
+
+    /// All templates, by name.
+    pub fn all(&self) -> Vec<TemplateInfo> {
+        self.templates.lock().unwrap_or_else(PoisonError::into_inner).values().cloned().collect()
+    }
+
+    /// Completes when the copy was renewed after `seen` renewals; answers how many there were.
+    pub async fn renewal_after(&self, seen: u64) -> u64 {
+        let mut renewed = self.renewed.subscribe();
+        let count = renewed.wait_for(|count| *count > seen).await.ok().map(|count| *count);
+        match count {
+            Some(count) => count,
+            None => std::future::pending().await,
+        }
+    }
+
+    fn get(&self, name: &str) -> Option<TemplateInfo> {
+        self.templates.lock().unwrap_or_else(PoisonError::into_inner).get(name).cloned()
+    }
+
+    /// A template that can be restored from; one that is still being baked is waited for until `deadline`.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] when there is none of that name, [`Error::NotReady`] when it is not baked by then or
+    /// cannot be.
+    pub async fn baked<S: StorageBackend>(
+        self: &Arc<Self>,
+        storage: &S,
+        name: &str,
+        deadline: Instant,
+    ) -> Result<TemplateInfo> {
+        let mut seen = *self.renewed.borrow();
+        if let Some(template) = self.get(name).filter(|template| template.state == TemplateState::Baked) {
+            return Ok(template);
+        }
+        loop {
+            let template = match storage.template(name.to_owned()).await {
+                Err(Error::NotFound(_)) => {
+                    let shown: String = name.chars().take(64).collect();
+                    return Err(Error::InvalidArgument(format!("unknown template {shown:?}")));
+                }
+                other => other?,
+            };
+            match template.state {
+                TemplateState::Baked => return Ok(template),
+                TemplateState::Failed => {
+                    return Err(Error::NotReady(format!(
+                        "template {name:?} cannot be used: {}",
+                        template.reason
+                    )));
+                }
+                TemplateState::Importing | TemplateState::Unbaked => {}
+            }
+            if Instant::now() >= deadline {
+                return Err(Error::NotReady(format!(
+                    "template {name:?} is still being prepared; try again soon"
+                )));
+            }
+            let limit = deadline.min(Instant::now() + Duration::from_secs(2));
+            if let Ok(count) = timeout_at(limit, self.renewal_after(seen)).await {
+                seen = count;
+            }
+        }
+    }
+}

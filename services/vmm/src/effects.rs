@@ -1,0 +1,292 @@
+//! How each effect of the state machine is done: one call to a port each.
+//!
+//! Owns: the arguments of those calls. Refuses to know: their order and what follows from a failure (`machine`, `sandbox`).
+
+use std::{
+    sync::{Arc, PoisonError},
+    time::Duration,
+};
+
+use pandastack_bus::{
+    Error, Result,
+    network::NetworkBackend,
+    storage::{Fill, StorageBackend, TemplateState},
+};
+use pandastack_daemon::records::RecordsError;
+use tokio::{
+    io::{Interest, unix::AsyncFd},
+    time::{Instant, sleep},
+};
+
+use crate::{
+    machine::{Effect, Event, State},
+    manager::Manager,
+    ports::{Guest, Hypervisor, Identification, Limits, Machine, Process, Units, World},
+    record::{REQUEST_KEPT_MS, Record, Shape, Tombstone, is_anonymous, request_key},
+    sandbox::{Happening, Sandbox},
+};
+
+/// A restored guest answers within this, or another slot is tried.
+pub const RESTORE_ANSWER: Duration = Duration::from_secs(10);
+/// A booted guest answers within this, also under emulation.
+const BOOT_ANSWER: Duration = Duration::from_secs(150);
+/// What Firecracker itself may take beside the guest's memory, MiB.
+const OVERHEAD_MIB: u64 = 128;
+
+impl<W: World> Manager<W> {
+    /// Does one effect for the sandbox of this record, which is as it shall become.
+    ///
+    /// # Errors
+    /// As the port answers.
+    pub async fn perform(
+        self: &Arc<Self>,
+        sandbox: &Arc<Sandbox>,
+        record: &mut Record,
+        effect: Effect,
+    ) -> Result<()> {
+        let id = &sandbox.id;
+        let world = &self.world;
+        match effect {
+            Effect::Save => self.save(record).await,
+            Effect::Announce => {
+                self.announce(record);
+                Ok(())
+            }
+            Effect::Prepare => world.storage().prepare(id.to_string()).await.map(drop),
+            Effect::EnsureKernel => world.storage().ensure_kernel(id.to_string()).await,
+            Effect::LimitExpected => match self.expected_limits() {
+                Some(limits) => self.limit(sandbox, limits).await,
+                None => Ok(()),
+            },
+            Effect::StartUnit => {
+                let _turn = self.starts.acquire().await;
+                let process = world.units().start(id).await?;
+                self.watch(sandbox, process)
+            }
+            Effect::Watch => match world.units().process(id).await? {
+                Some(process) => self.watch(sandbox, process),
+                None => Err(Error::WrongState("its process is gone".into())),
+            },
+            Effect::Attach => {
+                let process =
+                    sandbox.process().ok_or_else(|| Error::WrongState("its process is gone".into()))?;
+                let handle = process.try_clone().map_err(|error| Error::Internal(error.to_string()))?;
+                let attachment = world.network().attach(id.to_string(), handle).await?;
+                record.address = attachment.address;
+                Ok(())
+            }
+            Effect::AwaitApi => world.hypervisor().await_api(id).await,
+            Effect::SaveAndFurnish => {
+                let start = Instant::now();
+                let (saved, furnished) = tokio::join!(
+                    async {
+                        let saved = self.save(record).await;
+                        sandbox.timed("save_us", start);
+                        saved
+                    },
+                    self.furnish(sandbox, shape(record)?, Fill::Baked),
+                );
+                saved.and(furnished)
+            }
+            Effect::FurnishPristine => self.furnish(sandbox, shape(record)?, Fill::Pristine).await,
+            Effect::Limit => self.limit(sandbox, limits(shape(record)?)).await,
+            Effect::Load => world.hypervisor().load(id).await,
+            Effect::Boot => {
+                let shape = shape(record)?;
+                let machine = Machine { vcpus: shape.vcpus, memory_mib: shape.memory_mib };
+                world.hypervisor().boot(id, machine).await
+            }
+            Effect::Identify => self.identify(sandbox, record).await,
+            Effect::GrowDisk => {
+                if shape(record)?.disk_grown {
+                    world.hypervisor().renew_disk(id).await?;
+                    world.guest().grow_root(id).await?;
+                }
+                Ok(())
+            }
+            Effect::WarmUp => world.guest().warm_up(id, &shape(record)?.warmup).await,
+            Effect::Capture => {
+                world.storage().prepare_capture(id.to_string()).await?;
+                world.hypervisor().capture(id).await
+            }
+            Effect::Seal => self.seal(sandbox, &shape(record)?.template).await,
+            Effect::StopUnit => {
+                sandbox.set_process(None);
+                world.units().stop(id).await.map(drop)
+            }
+            Effect::Detach => {
+                world.network().detach(id.to_string()).await?;
+                Ok(())
+            }
+            Effect::Release => world.storage().release(id.to_string()).await.map(drop),
+            Effect::Forget => self.forget(record).await,
+        }
+    }
+
+    /// Limits and files, both before the guest runs; they do not wait for each other.
+    async fn furnish(&self, sandbox: &Sandbox, shape: &Shape, fill: Fill) -> Result<()> {
+        let id = sandbox.id.to_string();
+        let disk = if shape.disk_grown { shape.disk_mib } else { 0 };
+        let start = Instant::now();
+        let (filled, limited) = tokio::join!(
+            async {
+                let filled = self.world.storage().fill(id, shape.template.clone(), fill, disk).await;
+                sandbox.timed("storage_fill_us", start);
+                filled
+            },
+            async {
+                let limited = self.limit(sandbox, limits(shape)).await;
+                sandbox.timed("limits_us", start);
+                limited
+            },
+        );
+        filled.and(limited)
+    }
+
+    /// Sets limits, unless they are set already: that is what makes a slot cheap to take.
+    async fn limit(&self, sandbox: &Sandbox, limits: Limits) -> Result<()> {
+        if sandbox.limits() == Some(limits) {
+            return Ok(());
+        }
+        sandbox.set_limits(None);
+        self.world.units().limit(&sandbox.id, limits).await?;
+        sandbox.set_limits(Some(limits));
+        Ok(())
+    }
+
+    /// Limits of the template that was asked for last; before that, of the first one that can be asked for.
+    fn expected_limits(&self) -> Option<Limits> {
+        let last = self.last_asked.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let all = self.catalogue.all();
+        let baked = || all.iter().filter(|template| template.state == TemplateState::Baked);
+        let template =
+            baked().find(|template| Some(&template.name) == last.as_ref()).or_else(|| baked().next())?;
+        Some(limits(&Shape::of(template, 0)))
+    }
+
+    async fn identify(&self, sandbox: &Sandbox, record: &mut Record) -> Result<()> {
+        let limit = match record.state {
+            State::Creating => RESTORE_ANSWER,
+            _ => BOOT_ANSWER,
+        };
+        let identification = Identification {
+            machine_id: record.sandbox().map(|sandbox| sandbox.machine_id.clone()),
+            env: shape(record)?.env.clone(),
+        };
+        let start = Instant::now();
+        let answered = tokio::select! {
+            answered = self.world.guest().identify(&sandbox.id, &identification, start + limit) => answered?,
+            reason = sandbox.aborted() => return Err(Error::WrongState(reason)),
+        };
+        if let Some(inner) = record.sandbox_mut().filter(|inner| !inner.born) {
+            let boot = answered.hello.saturating_duration_since(sandbox.accepted().unwrap_or(start));
+            inner.boot_ms = u64::try_from(boot.as_millis()).unwrap_or(u64::MAX);
+        }
+        Ok(())
+    }
+
+    /// A seal flushes a whole snapshot, which may take longer than a reply may: what counts is the template's state.
+    async fn seal(&self, sandbox: &Sandbox, template: &str) -> Result<()> {
+        let storage = self.world.storage();
+        let failure = match storage.seal_template(sandbox.id.to_string(), template.to_owned()).await {
+            Err(error @ (Error::Bus(_) | Error::Timeout(_))) => error,
+            other => return other,
+        };
+        let deadline = Instant::now() + Duration::from_secs(120);
+        while Instant::now() < deadline {
+            sleep(Duration::from_secs(2)).await;
+            if let Ok(info) = storage.template(template.to_owned()).await
+                && info.state == TemplateState::Baked
+            {
+                return Ok(());
+            }
+        }
+        Err(failure)
+    }
+
+    /// Removes the record; a request that was answered leaves its name behind for a day.
+    async fn forget(&self, record: &Record) -> Result<()> {
+        let answered = record.sandbox().filter(|inner| inner.born);
+        let tombstone = answered.filter(|inner| !is_anonymous(&inner.request)).map(|inner| Tombstone {
+            request: inner.request.clone(),
+            fingerprint: inner.asked(),
+            id: record.id.clone(),
+            until_unix_ms: record.created_unix_ms.saturating_add(REQUEST_KEPT_MS),
+        });
+        let nameless = answered.filter(|inner| is_anonymous(&inner.request)).map(|inner| &inner.request);
+        let (records, tombstones) = (Arc::clone(&self.records), Arc::clone(&self.tombstones));
+        let (key, now) = (record.id.to_string(), self.unix_ms());
+        blocking(move || {
+            if let Some(tombstone) = tombstone.filter(|left| left.until_unix_ms > now) {
+                match tombstones.put(&request_key(&tombstone.request), &tombstone) {
+                    // A sandbox that cannot be removed would keep the disk full: rather a request that may be made again.
+                    Err(error @ RecordsError::Full { .. }) => {
+                        tracing::error!("a request is not remembered: {}", pandastack_daemon::chain(&error));
+                    }
+                    other => other?,
+                }
+            }
+            records.remove(&key).map(drop)
+        })
+        .await?;
+        if let Some(request) = nameless {
+            self.requests.leave(request);
+        }
+        Ok(())
+    }
+
+    /// Makes a record durable.
+    ///
+    /// # Errors
+    /// The disk does not take it.
+    pub async fn save(&self, record: &Record) -> Result<()> {
+        let (records, record) = (Arc::clone(&self.records), record.clone());
+        blocking(move || records.put(record.id.as_str(), &record)).await
+    }
+
+    /// Reports the end of this process as an event, unless the watch is given up first.
+    fn watch(self: &Arc<Self>, sandbox: &Arc<Sandbox>, process: Process) -> Result<()> {
+        // SAFETY: an `Arc<OwnedFd>` keeps its descriptor open and answers with the same one for as long as it lives.
+        let handle = unsafe { AsyncFd::register_with_interest(Arc::clone(&process), Interest::READABLE) }
+            .map_err(|error| Error::Internal(format!("its process cannot be watched: {error}")))?;
+        let (manager, sandbox_kept) = (Arc::downgrade(self), Arc::downgrade(sandbox));
+        let watcher = tokio::spawn(async move {
+            if handle.readable().await.is_err() {
+                return;
+            }
+            let (Some(manager), Some(sandbox)) = (manager.upgrade(), sandbox_kept.upgrade()) else { return };
+            let reason = manager.world.units().obituary(&sandbox.id).await;
+            // From here on in a task of its own: the event stops this watch.
+            tokio::spawn(async move {
+                sandbox.abort(&reason);
+                let _ = manager.happen(&sandbox, Event::Died, Happening::because(reason)).await;
+            });
+        });
+        sandbox.set_process(Some((process, watcher.abort_handle())));
+        Ok(())
+    }
+}
+
+fn shape(record: &Record) -> Result<&Shape> {
+    record.shape().ok_or_else(|| Error::Internal("a slot has no machine yet".into()))
+}
+
+/// What a machine of this shape may take of the host.
+fn limits(shape: &Shape) -> Limits {
+    // The guest's memory and Firecracker's own can never be more than the first two. The quarter is room for the page cache of
+    // the snapshot's memory file, which is charged to whoever touches it first: without it the first sandbox of a
+    // template would reclaim its own pages all the time. A bake, which writes that file, is bounded the same way.
+    let memory_mib = shape.memory_mib + OVERHEAD_MIB + shape.memory_mib / 4;
+    Limits { memory_bytes: memory_mib << 20, cpu_usec_per_sec: u64::from(shape.vcpus.max(1)) * 1_000_000 }
+}
+
+async fn blocking(
+    work: impl FnOnce() -> std::result::Result<(), RecordsError> + Send + 'static,
+) -> Result<()> {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(Ok(())) => Ok(()),
+        Ok(Err(error @ RecordsError::Full { .. })) => Err(Error::NoSpace(pandastack_daemon::chain(&error))),
+        Ok(Err(error)) => Err(Error::Internal(pandastack_daemon::chain(&error))),
+        Err(error) => Err(Error::Internal(format!("a task ended early: {error}"))),
+    }
+}

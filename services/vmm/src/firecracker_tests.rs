@@ -1,0 +1,157 @@
+use std::path::PathBuf;
+
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::UnixListener,
+};
+
+use super::*;
+
+const NO_CONTENT: &str = "HTTP/1.1 204 \r\nServer: Firecracker API\r\nConnection: keep-alive\r\n\r\n";
+
+/// A socket that answers each request with `answer` and keeps what it was sent.
+async fn recorded(
+    answer: &'static str,
+) -> (tempfile::TempDir, Firecracker, SandboxId, tokio::sync::mpsc::UnboundedReceiver<String>) {
+    let root = tempfile::tempdir().unwrap();
+    let id = SandboxId::random();
+    let s: PathBuf = root.path().join(id.as_str()).join("s");
+    std::fs::create_dir_all(&s).unwrap();
+    let listener = UnixListener::bind(s.join(API)).unwrap();
+    let (record, requests) = tokio::sync::mpsc::unbounded_channel();
+    tokio::spawn(async move {
+        while let Ok((mut stream, _)) = listener.accept().await {
+            let mut seen = Vec::new();
+            while !is_whole(&seen) {
+                if stream.read_buf(&mut seen).await.unwrap() == 0 {
+                    break;
+                }
+            }
+            record.send(String::from_utf8(seen).unwrap()).unwrap();
+            stream.write_all(answer.as_bytes()).await.unwrap();
+        }
+    });
+    let client = Firecracker::new(Sockets::new(root.path()));
+    (root, client, id, requests)
+}
+
+fn is_whole(seen: &[u8]) -> bool {
+    let text = String::from_utf8_lossy(seen);
+    let Some((head, body)) = text.split_once("\r\n\r\n") else { return false };
+    let length = head
+        .lines()
+        .find_map(|line| line.strip_prefix("content-length: "))
+        .map_or(0, |number| number.parse().unwrap());
+    body.len() >= length
+}
+
+#[tokio::test]
+async fn a_load_is_these_bytes() {
+    let (_root, client, id, mut requests) = recorded(NO_CONTENT).await;
+
+    client.load(&id).await.unwrap();
+
+    let body = r#"{"enable_diff_snapshots":true,"mem_backend":{"backend_path":"/vm/mem","backend_type":"File"},"resume_vm":true,"snapshot_path":"/vm/state"}"#;
+    assert_eq!(
+        requests.recv().await.unwrap(),
+        format!(
+            "PUT /snapshot/load HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n{body}",
+            body.len()
+        )
+    );
+}
+
+#[tokio::test]
+async fn a_boot_configures_everything_before_it_starts() {
+    let (_root, client, id, mut requests) = recorded(NO_CONTENT).await;
+
+    client.boot(&id, Machine { vcpus: 2, memory_mib: 512 }).await.unwrap();
+    drop(client);
+
+    let mut seen = Vec::new();
+    while let Ok(request) = requests.try_recv() {
+        let (line, body) = (
+            request.lines().next().unwrap().to_owned(),
+            request.split("\r\n\r\n").nth(1).unwrap().to_owned(),
+        );
+        seen.push((line, serde_json::from_str::<Value>(&body).unwrap()));
+    }
+    let lines: Vec<_> = seen.iter().map(|(line, _)| line.as_str()).collect();
+    assert_eq!(
+        lines,
+        [
+            "PUT /machine-config HTTP/1.1",
+            "PUT /boot-source HTTP/1.1",
+            "PUT /drives/root HTTP/1.1",
+            "PUT /network-interfaces/eth0 HTTP/1.1",
+            "PUT /vsock HTTP/1.1",
+            "PUT /entropy HTTP/1.1",
+            "PUT /actions HTTP/1.1",
+        ]
+    );
+    assert_eq!(seen[0].1["track_dirty_pages"], true);
+    assert_eq!(seen[0].1["mem_size_mib"], 512);
+    assert_eq!(seen[2].1["cache_type"], "Writeback");
+    assert_eq!(seen[3].1["host_dev_name"], "tap0");
+    assert_eq!(seen[4].1["uds_path"], "/vm/s/v.sock");
+    assert_eq!(seen[6].1["action_type"], "InstanceStart");
+}
+
+#[tokio::test]
+async fn a_capture_pauses_and_writes_a_difference() {
+    let (_root, client, id, mut requests) = recorded(NO_CONTENT).await;
+
+    client.capture(&id).await.unwrap();
+
+    let pause = requests.recv().await.unwrap();
+    assert!(
+        pause.starts_with("PATCH /vm HTTP/1.1\r\n") && pause.ends_with(r#"{"state":"Paused"}"#),
+        "{pause}"
+    );
+    let create = requests.recv().await.unwrap();
+    assert!(create.starts_with("PUT /snapshot/create "), "{create}");
+    assert!(
+        create.ends_with(r#"{"mem_file_path":"/vm/mem","snapshot_path":"/vm/state","snapshot_type":"Diff"}"#),
+        "{create}"
+    );
+}
+
+#[tokio::test]
+async fn a_refusal_brings_its_sentence() {
+    let (_root, client, id, _requests) = recorded(
+        "HTTP/1.1 400 \r\nContent-Type: application/json\r\nContent-Length: 27\r\n\r\n{\"fault_message\":\"no disk\"}",
+    )
+    .await;
+
+    let error = client.renew_disk(&id).await.unwrap_err();
+
+    assert_eq!(error, Error::Internal("Firecracker answers /drives/root with 400: no disk".into()));
+}
+
+#[tokio::test]
+async fn an_endless_answer_is_cut() {
+    let (_root, client, id, _requests) =
+        recorded("HTTP/1.1 200 OK\r\nContent-Length: 10000000\r\n\r\nxxxxxxxx").await;
+
+    let error = client.request(&id, Method::GET, "/", None, Duration::from_millis(500)).await.unwrap_err();
+
+    assert!(matches!(error, FirecrackerError::Nonsense { .. }), "{error:?}");
+}
+
+#[tokio::test]
+async fn garbage_is_no_answer() {
+    let (_root, client, id, _requests) = recorded("SSH-2.0-OpenSSH\r\n\r\n").await;
+
+    let error = client.request(&id, Method::GET, "/", None, Duration::from_secs(2)).await.unwrap_err();
+
+    assert!(matches!(error, FirecrackerError::Nonsense { .. }), "{error:?}");
+}
+
+#[tokio::test]
+async fn silence_is_late() {
+    let (_root, client, id, _requests) = recorded("").await;
+
+    let error = client.request(&id, Method::GET, "/", None, Duration::from_millis(50)).await.unwrap_err();
+
+    assert!(matches!(error, FirecrackerError::Late(_) | FirecrackerError::Nonsense { .. }), "{error:?}");
+}

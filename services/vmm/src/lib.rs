@@ -1,0 +1,39 @@
+//! The conductor: the life of every sandbox.
+//!
+//! Owns: which sandboxes there are and what state they are in; slots, bakes, admission, idleness, recovery. It asks storage
+//! for directories, network for attachments, PID 1 for processes, Firecracker for machines and the guest for its identity,
+//! and gives callers a connected stream to the guest. Refuses to know: HTTP, tokens, file systems, packets, what a
+//! guest is used for.
+//!
+//! ```text
+//!   backend ──► create, reap, bake, startup       when something shall happen
+//!                  │ event
+//!                  ▼
+//!               sandbox ──► machine (pure)        what follows from it
+//!                  │ effects
+//!                  ▼
+//!               effects ──► ports                 how it is done: unit, firecracker, agent, remote
+//! ```
+
+pub mod admission;
+pub mod agent;
+pub mod backend;
+pub mod bake;
+pub mod catalogue;
+pub mod create;
+pub mod effects;
+pub mod firecracker;
+pub mod machine;
+pub mod manager;
+pub mod ports;
+pub mod quota;
+pub mod reap;
+pub mod reconcile;
+pub mod record;
+pub mod recover;
+pub mod remote;
+pub mod sandbox;
+pub mod slots;
+pub mod socket;
+pub mod startup;
+pub mod unit;

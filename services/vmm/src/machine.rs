@@ -1,0 +1,221 @@
+//! The life of one sandbox as a pure function: state and event in, state and effects out.
+//!
+//! Owns: which step may follow which, and what must be done for it. Refuses to know: how anything is done, time, ids.
+//!
+//! ```text
+//!   New ─Begin─► Preparing ─Done─► Ready ─Take─► Creating ─Done─► Running ─Died/Lost─► Failed
+//!                    │              │ │              │             │   ▲                │
+//!                    │              │ └─Bake─► Baking│          Lost (persistent)       │
+//!                    │              │            │   │             ▼   │Boot, Done      │
+//!                    │              │            │   │          Recovering ─Fault─► Failed   (Setback: stays)
+//!                    └──Fault/Died/Delete/Lost───┴───┴──Delete─────┴──────────Delete────┘
+//!                                   ▼
+//!                               Stopping ─Done─► Gone
+//! ```
+//!
+//! The states up to `Creating`, and `Baking`, were never acknowledged to anybody: after a crash they are taken down. What
+//! was acknowledged (`Running`, `Failed`) is kept until it is deleted. `Paused` and `Hibernated` join here.
+
+use serde::{Deserialize, Serialize};
+
+/// Where a sandbox is, in more detail than the API tells.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum State {
+    /// Nothing was done yet, nothing is on disk.
+    New,
+    /// A slot that is being made.
+    Preparing,
+    /// A slot: an empty Firecracker process with a network, waiting for a request.
+    Ready,
+    /// A slot that was given to a request and becomes a sandbox.
+    Creating,
+    /// A slot that was given to a template and becomes its snapshot.
+    Baking,
+    /// The guest answers.
+    Running,
+    /// A persistent sandbox that is booted again from its disk.
+    Recovering,
+    /// The machine is gone for good; disk and record are kept until deletion.
+    Failed,
+    /// Being taken down.
+    Stopping,
+    /// Nothing is left.
+    Gone,
+}
+
+/// What happened.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Event {
+    /// A slot is wanted.
+    Begin,
+    /// A request took the slot.
+    Take,
+    /// A template took the slot.
+    Bake,
+    /// Every effect of the last step succeeded.
+    Done,
+    /// An effect of the last step failed, or was given up.
+    Fault,
+    /// An effect of the last step failed, and it is tried again later.
+    Setback,
+    /// The process ended by itself.
+    Died,
+    /// Somebody wants it gone; also repeats a teardown that failed.
+    Delete,
+    /// It is the turn of one that waits to be booted again.
+    Boot,
+    /// At start-up: the machine is not there any more, and is to be booted again or not.
+    Lost {
+        /// Whether its disk is to be booted again.
+        recover: bool,
+    },
+    /// At start-up: what is on record is there.
+    Adopt,
+}
+
+/// What must be done, in order.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Effect {
+    /// Make the record durable. Nothing after it is done if it fails (but see [`Effect::is_dispensable`]).
+    Save,
+    /// Make the record durable, and meanwhile set limits and fill the directory for a restore: until the record is
+    /// durable, the slot on disk is taken down just like what it becomes.
+    SaveAndFurnish,
+    /// Tell listeners.
+    Announce,
+    /// Make the directory.
+    Prepare,
+    /// Link kernel and initrd into the directory.
+    EnsureKernel,
+    /// Set the limits that it will probably need; the right ones are set when it is known what it becomes.
+    LimitExpected,
+    /// Start the unit and watch its process.
+    StartUnit,
+    /// Watch the process of a unit that runs already.
+    Watch,
+    /// Attach the process to the network.
+    Attach,
+    /// Wait until Firecracker takes orders.
+    AwaitApi,
+    /// Set limits and fill the directory for a template's first boot.
+    FurnishPristine,
+    /// Set limits; the disk is there.
+    Limit,
+    /// Load the snapshot and let it run.
+    Load,
+    /// Boot the disk.
+    Boot,
+    /// Greet the guest and make it unique.
+    Identify,
+    /// Let the guest use a disk that is larger than the snapshot's.
+    GrowDisk,
+    /// Run the template's warm-up command.
+    WarmUp,
+    /// Take the snapshot.
+    Capture,
+    /// Make the snapshot the template's. The process must be gone.
+    Seal,
+    /// Stop the unit.
+    StopUnit,
+    /// Take the network away.
+    Detach,
+    /// Remove the directory. Only when the process is gone.
+    Release,
+    /// Remove the record. Only when nothing else is left.
+    Forget,
+}
+
+use Effect as E;
+
+const PREPARE: &[Effect] = &[E::Save, E::Prepare, E::LimitExpected, E::StartUnit, E::Attach, E::AwaitApi];
+const CREATE: &[Effect] = &[E::SaveAndFurnish, E::Announce, E::Load, E::Identify, E::GrowDisk];
+const BAKE: &[Effect] =
+    &[E::Save, E::FurnishPristine, E::Boot, E::Identify, E::WarmUp, E::Capture, E::StopUnit, E::Seal];
+const RECOVER: &[Effect] = &[
+    E::StopUnit,
+    E::Prepare,
+    E::EnsureKernel,
+    E::StartUnit,
+    E::Attach,
+    E::AwaitApi,
+    E::Limit,
+    E::Boot,
+    E::Identify,
+];
+const SETTLE: &[Effect] = &[E::Save, E::Announce];
+const FAIL: &[Effect] = &[E::Save, E::Announce, E::StopUnit, E::Detach];
+const QUIET: &[Effect] = &[E::StopUnit, E::Detach];
+/// What was never acknowledged: the record on disk already says that it is to be taken down.
+const DISCARD: &[Effect] = &[E::Announce, E::StopUnit, E::Detach, E::Release, E::Forget];
+/// What was acknowledged: first it must be durable that it is not wanted any more.
+const DELETE: &[Effect] = &[E::Save, E::Announce, E::StopUnit, E::Detach, E::Release, E::Forget];
+
+impl State {
+    /// The next state and what must be done for it; `None` when this event has no business here.
+    pub fn on(self, event: Event) -> Option<(State, &'static [Effect])> {
+        use Event as V;
+        use State as S;
+        Some(match (self, event) {
+            (S::New, V::Begin) => (S::Preparing, PREPARE),
+            (S::Preparing, V::Done) => (S::Ready, &[]),
+            (S::Ready, V::Take) => (S::Creating, CREATE),
+            (S::Ready, V::Bake) => (S::Baking, BAKE),
+            (S::Creating | S::Recovering, V::Done) => (S::Running, SETTLE),
+            (S::Baking, V::Done) => (S::Stopping, DISCARD),
+
+            (S::Preparing | S::Creating | S::Baking, V::Fault | V::Died | V::Delete | V::Lost { .. })
+            | (S::Ready, V::Died | V::Delete | V::Lost { .. }) => (S::Stopping, DISCARD),
+
+            (S::Running, V::Adopt) => (S::Running, &[E::Watch]),
+            (S::Running | S::Recovering, V::Lost { recover: true }) => (S::Recovering, SETTLE),
+            (S::Recovering, V::Boot) => (S::Recovering, RECOVER),
+            (S::Recovering, V::Setback) => (S::Recovering, QUIET),
+            (S::Running | S::Recovering, V::Died | V::Lost { recover: false })
+            | (S::Recovering, V::Fault) => (S::Failed, FAIL),
+            // The last record could not be saved; whoever waits is told.
+            (S::Running, V::Fault) => (S::Running, &[]),
+
+            (S::Running | S::Recovering | S::Failed, V::Delete) => (S::Stopping, DELETE),
+            (S::Failed, V::Adopt) => (S::Failed, QUIET),
+            (S::Failed, V::Died | V::Fault | V::Lost { .. }) => (S::Failed, &[]),
+
+            (S::Stopping, V::Done) => (S::Gone, &[E::Announce]),
+            (S::Stopping, V::Fault | V::Died) => (S::Stopping, &[]),
+            (S::Stopping, V::Delete | V::Lost { .. }) => (S::Stopping, DELETE),
+            (S::Gone, V::Died | V::Delete | V::Fault) => (S::Gone, &[]),
+            _ => return None,
+        })
+    }
+
+    /// Whether effects done in this state, after this event, lead on to another one by `Done`. (No effects, no `Done`.)
+    pub fn is_working(self, event: Event) -> bool {
+        match self {
+            Self::Preparing | Self::Creating | Self::Baking | Self::Stopping => true,
+            Self::Recovering => event == Event::Boot,
+            _ => false,
+        }
+    }
+
+    /// Whether a delete may cut the work short (between effects).
+    pub fn is_abortable(self) -> bool {
+        matches!(self, Self::Preparing | Self::Creating | Self::Baking | Self::Recovering)
+    }
+}
+
+impl Effect {
+    /// Whether this state goes on without it on a full disk: a teardown makes room, and needs none for the removal of the
+    /// record at its end, and a lost machine is found to be lost again. Until it succeeds the old record stands.
+    pub fn is_dispensable(self, state: State) -> bool {
+        self == Self::Save && matches!(state, State::Stopping | State::Failed | State::Recovering)
+    }
+
+    /// Whether the effects after this one are tried even if it fails.
+    pub fn is_teardown(self) -> bool {
+        matches!(self, Self::StopUnit | Self::Detach | Self::Release | Self::Announce)
+    }
+}
+
+#[cfg(test)]
+#[path = "machine_tests.rs"]
+mod tests;

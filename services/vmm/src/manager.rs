@@ -1,0 +1,265 @@
+//! What the daemon knows and holds: the registry of sandboxes, slots, counters.
+//!
+//! Owns: the maps and their consistency. Refuses to know: how a sandbox is made (`create`), kept (`reap`), found again
+//! (`startup`).
+
+use std::{
+    collections::{HashMap, VecDeque},
+    path::Path,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::{SystemTime, UNIX_EPOCH},
+};
+
+use pandastack_bus::{Error, Result, SandboxId, vmm::Capacity, vmm::unknown_sandbox};
+use pandastack_daemon::records::{Records, RecordsError};
+use tokio::{
+    sync::{Notify, Semaphore, mpsc, watch},
+    time::Instant,
+};
+
+use crate::{
+    admission::{self, Host},
+    catalogue::Catalogue,
+    create::Requests,
+    machine::State,
+    ports::World,
+    quota::Claims,
+    record::{Record, Tombstone},
+    sandbox::Sandbox,
+};
+
+/// What an operator may set.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Config {
+    /// Prepared slots to keep.
+    pub slots: usize,
+    /// Restores, and starts of units, at the same time.
+    pub parallel: usize,
+    /// Sandboxes that one workspace may have, whatever their state.
+    pub workspace_sandboxes: usize,
+}
+
+/// A sandbox changed; to be told on the bus.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Change {
+    /// Its id.
+    pub id: String,
+    /// Its tenant.
+    pub workspace: String,
+    /// Its state; empty when it is gone.
+    pub state: &'static str,
+    /// Counts its changes.
+    pub generation: u64,
+}
+
+/// Everything.
+#[derive(Debug)]
+pub struct Manager<W> {
+    /// Where effects happen.
+    pub world: W,
+    /// How much of what.
+    pub config: Config,
+    /// Templates.
+    pub catalogue: Arc<Catalogue>,
+    /// Durable sandboxes.
+    pub records: Arc<Records<Record>>,
+    /// Durable requests whose sandbox is gone.
+    pub tombstones: Arc<Records<Tombstone>>,
+    /// Requests by name.
+    pub requests: Requests,
+    /// Changes to be told.
+    pub changes: mpsc::UnboundedSender<Change>,
+    /// Starts of units at the same time.
+    pub starts: Semaphore,
+    /// Restores at the same time.
+    pub restores: Semaphore,
+    /// Sandboxes booted again at the same time.
+    pub recoveries: Semaphore,
+    /// Sandboxes that workspaces are about to get.
+    pub claims: Claims,
+    /// Creates under way.
+    pub creating: watch::Sender<usize>,
+    /// Memory that creates under way are expected to take, MiB.
+    pub pending_mib: AtomicU64,
+    /// Slots are missing.
+    pub refill: Notify,
+    /// Space on the data partition as last told: free and reserve, bytes.
+    pub space: Mutex<Option<(u64, u64)>>,
+    /// Template that was asked for last.
+    pub last_asked: Mutex<Option<String>>,
+    /// Creates that succeeded.
+    pub created: AtomicU64,
+    /// Creates that did not.
+    pub refused: AtomicU64,
+    sandboxes: Mutex<HashMap<SandboxId, Arc<Sandbox>>>,
+    slots: Mutex<VecDeque<Arc<Sandbox>>>,
+    start: Instant,
+}
+
+impl<W: World> Manager<W> {
+    /// Opens the records below `directory`. Nothing is done about them yet.
+    ///
+    /// # Errors
+    /// They cannot be opened.
+    pub fn open(
+        world: W,
+        directory: &Path,
+        config: Config,
+        changes: mpsc::UnboundedSender<Change>,
+    ) -> std::result::Result<Arc<Self>, RecordsError> {
+        let records: Records<Record> = Records::open(&directory.join("sandboxes"))?;
+        let tombstones: Records<Tombstone> = Records::open(&directory.join("requests"))?;
+        let manager = Self {
+            world,
+            config,
+            catalogue: Arc::default(),
+            requests: Requests::default(),
+            records: Arc::new(records),
+            tombstones: Arc::new(tombstones),
+            changes,
+            starts: Semaphore::new(config.parallel),
+            restores: Semaphore::new(config.parallel),
+            recoveries: Semaphore::new(config.parallel),
+            claims: Claims::default(),
+            creating: watch::Sender::new(0),
+            pending_mib: AtomicU64::new(0),
+            refill: Notify::new(),
+            space: Mutex::new(None),
+            last_asked: Mutex::new(None),
+            created: AtomicU64::new(0),
+            refused: AtomicU64::new(0),
+            sandboxes: Mutex::default(),
+            slots: Mutex::default(),
+            start: Instant::now(),
+        };
+        for (key, record) in manager.records.iter()? {
+            if key != record.id.as_str() {
+                tracing::error!("a record of {} lies under the name {key}", record.id);
+                continue;
+            }
+            manager.insert(Sandbox::new(record, manager.now_ms()));
+        }
+        manager.requests.load(&manager.all(), manager.tombstones.iter()?, manager.unix_ms());
+        Ok(Arc::new(manager))
+    }
+
+    /// Milliseconds on a clock that starts with the daemon and never jumps.
+    pub fn now_ms(&self) -> u64 {
+        u64::try_from(self.start.elapsed().as_millis()).unwrap_or(u64::MAX)
+    }
+
+    /// Wall clock, Unix milliseconds.
+    pub fn unix_ms(&self) -> u64 {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        u64::try_from(now.as_millis()).unwrap_or(u64::MAX)
+    }
+
+    fn map(&self) -> MutexGuard<'_, HashMap<SandboxId, Arc<Sandbox>>> {
+        self.sandboxes.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Makes a sandbox known.
+    pub fn insert(&self, sandbox: Sandbox) -> Arc<Sandbox> {
+        let sandbox = Arc::new(sandbox);
+        self.map().insert(sandbox.id.clone(), Arc::clone(&sandbox));
+        sandbox
+    }
+
+    /// Forgets a sandbox of which nothing is left.
+    pub fn remove(&self, id: &SandboxId) {
+        self.map().remove(id);
+    }
+
+    /// Whatever has this id: sandbox, slot or bake.
+    pub fn find(&self, id: &SandboxId) -> Option<Arc<Sandbox>> {
+        self.map().get(id).cloned()
+    }
+
+    /// The sandbox that a caller means.
+    ///
+    /// # Errors
+    /// [`Error::NotFound`].
+    pub fn sandbox(&self, id: &str) -> Result<Arc<Sandbox>> {
+        id.parse()
+            .ok()
+            .and_then(|parsed| self.find(&parsed))
+            .filter(|found| found.record().public_state().is_some())
+            .ok_or_else(|| unknown_sandbox(id))
+    }
+
+    /// Everything that is known, in no order.
+    pub fn all(&self) -> Vec<Arc<Sandbox>> {
+        self.map().values().cloned().collect()
+    }
+
+    /// A slot that is ready; the oldest first.
+    pub fn pop_slot(&self) -> Option<Arc<Sandbox>> {
+        let mut slots = self.slots.lock().unwrap_or_else(PoisonError::into_inner);
+        while let Some(slot) = slots.pop_front() {
+            if slot.record().state == State::Ready {
+                return Some(slot);
+            }
+        }
+        None
+    }
+
+    /// Keeps a slot that is ready.
+    pub fn push_slot(&self, slot: Arc<Sandbox>) {
+        self.slots.lock().unwrap_or_else(PoisonError::into_inner).push_back(slot);
+    }
+
+    /// Slots that are ready.
+    pub fn slots_ready(&self) -> usize {
+        let mut slots = self.slots.lock().unwrap_or_else(PoisonError::into_inner);
+        slots.retain(|slot| slot.record().state == State::Ready);
+        slots.len()
+    }
+
+    /// Whether a store does not know any more what the disk holds; see [`Records::is_poisoned`].
+    pub fn is_poisoned(&self) -> bool {
+        self.records.is_poisoned() || self.tombstones.is_poisoned()
+    }
+
+    /// What the host has now.
+    ///
+    /// # Errors
+    /// The kernel does not tell.
+    pub fn host(&self) -> Result<Host> {
+        let text = std::fs::read_to_string("/proc/meminfo")
+            .map_err(|error| Error::Internal(format!("/proc/meminfo: {error}")))?;
+        let (total, available) = admission::parse_meminfo(&text)
+            .ok_or_else(|| Error::Internal("/proc/meminfo does not parse".into()))?;
+        let space = *self.space.lock().unwrap_or_else(PoisonError::into_inner);
+        Ok(Host {
+            memory_total_mib: total,
+            memory_available_mib: available,
+            memory_pending_mib: self.pending_mib.load(Ordering::Relaxed),
+            disk_free_bytes: space.map(|(free, _)| free),
+            disk_reserve_bytes: space.map_or(0, |(_, reserve)| reserve),
+        })
+    }
+
+    /// What is left to give away.
+    ///
+    /// # Errors
+    /// As [`Manager::host`].
+    pub fn capacity(&self) -> Result<Capacity> {
+        let host = self.host()?;
+        let states: Vec<_> = self.all().iter().filter_map(|one| one.record().public_state()).collect();
+        let running = states.iter().filter(|state| **state == pandastack_bus::vmm::State::Running).count();
+        let small = |number: usize| u32::try_from(number).unwrap_or(u32::MAX);
+        Ok(Capacity {
+            sandboxes: small(states.len()),
+            running: small(running),
+            slots: small(self.slots_ready()),
+            slots_wanted: small(self.config.slots),
+            memory_available_mib: host.memory_available_mib,
+            memory_reserve_mib: admission::reserve_mib(host.memory_total_mib),
+            creates_total: self.created.load(Ordering::Relaxed),
+            create_failures_total: self.refused.load(Ordering::Relaxed),
+        })
+    }
+}

@@ -1,0 +1,279 @@
+//! What is on disk about one sandbox, and what callers are told about it.
+//!
+//! Owns: the durable form of a sandbox and of a finished request, the events of its life. Refuses to know: files, time,
+//! what a step does.
+
+use pandastack_bus::{
+    SandboxId,
+    storage::TemplateInfo,
+    vmm::{self, SandboxInfo, SandboxSpec},
+};
+use serde::{Deserialize, Serialize};
+
+use crate::machine::State;
+
+/// Events kept per sandbox; the oldest go first.
+pub const EVENTS_KEPT: usize = 100;
+/// Milliseconds for which a request remembers its sandbox after the sandbox is gone.
+pub const REQUEST_KEPT_MS: u64 = 24 * 3600 * 1000;
+
+/// A sandbox, a slot or a bake: everything that has a directory, a unit or an address has one of these.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Record {
+    /// Its id.
+    pub id: SandboxId,
+    /// Where it is in its life.
+    pub state: State,
+    /// What it is for.
+    pub purpose: Purpose,
+    /// Outside IPv4 address; empty while it has none.
+    #[serde(default)]
+    pub address: String,
+    /// Unix milliseconds.
+    pub created_unix_ms: u64,
+    /// Counts every change.
+    pub generation: u64,
+    /// One sentence on why it failed; empty otherwise.
+    #[serde(default)]
+    pub reason: String,
+    /// What happened, oldest first.
+    #[serde(default)]
+    pub events: Vec<vmm::Event>,
+}
+
+/// What a record is for.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Purpose {
+    /// Waits to be given away.
+    Slot,
+    /// Becomes the snapshot of this template.
+    Bake(Shape),
+    /// Belongs to somebody.
+    Sandbox(Box<Sandbox>),
+}
+
+/// What a machine is made of.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Shape {
+    /// Template.
+    pub template: String,
+    /// Virtual processors.
+    pub vcpus: u32,
+    /// Guest memory in MiB.
+    pub memory_mib: u64,
+    /// Root disk in MiB.
+    pub disk_mib: u64,
+    /// Whether the disk is larger than the one in the snapshot.
+    #[serde(default)]
+    pub disk_grown: bool,
+    /// Image environment of every exec.
+    #[serde(default)]
+    pub env: std::collections::BTreeMap<String, String>,
+    /// Command run before a capture.
+    #[serde(default)]
+    pub warmup: String,
+}
+
+/// The part of a record that only a sandbox has.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Sandbox {
+    /// The caller's name for the wish that made it; may be empty.
+    #[serde(default)]
+    pub request: String,
+    /// Digest of what was asked for, before any setting was changed; see [`Sandbox::asked`].
+    #[serde(default)]
+    pub fingerprint: String,
+    /// What was asked for, with the settings as they are now.
+    pub spec: SandboxSpec,
+    /// What it is made of.
+    pub shape: Shape,
+    /// 32 hexadecimal digits, kept for life.
+    pub machine_id: String,
+    /// `snapshot` or `cold`.
+    pub boot_mode: String,
+    /// Milliseconds from the request to the first answer; 0 until then.
+    #[serde(default)]
+    pub boot_ms: u64,
+    /// Whether its creation was ever finished.
+    #[serde(default)]
+    pub born: bool,
+}
+
+/// What is left of a request after its sandbox is gone.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Tombstone {
+    /// The caller's name for the wish.
+    pub request: String,
+    /// Digest of the specification.
+    pub fingerprint: String,
+    /// The sandbox that it made.
+    pub id: SandboxId,
+    /// Unix milliseconds after which it is forgotten.
+    pub until_unix_ms: u64,
+}
+
+impl Record {
+    /// A slot about to be made.
+    pub fn slot(id: SandboxId, now_unix_ms: u64) -> Self {
+        Self {
+            id,
+            state: State::New,
+            purpose: Purpose::Slot,
+            address: String::new(),
+            created_unix_ms: now_unix_ms,
+            generation: 0,
+            reason: String::new(),
+            events: Vec::new(),
+        }
+    }
+
+    /// The sandbox in it, if it is one.
+    pub fn sandbox(&self) -> Option<&Sandbox> {
+        match &self.purpose {
+            Purpose::Sandbox(sandbox) => Some(sandbox),
+            _ => None,
+        }
+    }
+
+    /// The sandbox in it, if it is one.
+    pub fn sandbox_mut(&mut self) -> Option<&mut Sandbox> {
+        match &mut self.purpose {
+            Purpose::Sandbox(sandbox) => Some(sandbox),
+            _ => None,
+        }
+    }
+
+    /// What its machine is made of; a slot does not know yet.
+    pub fn shape(&self) -> Option<&Shape> {
+        match &self.purpose {
+            Purpose::Slot => None,
+            Purpose::Bake(shape) => Some(shape),
+            Purpose::Sandbox(sandbox) => Some(&sandbox.shape),
+        }
+    }
+
+    /// Adds an event; the oldest beyond [`EVENTS_KEPT`] go.
+    pub fn note(&mut self, now_unix_ms: u64, kind: &str, detail: &str) {
+        let detail = detail.chars().take(500).collect();
+        self.events.push(vmm::Event { unix_ms: now_unix_ms, kind: kind.to_owned(), detail });
+        let surplus = self.events.len().saturating_sub(EVENTS_KEPT);
+        self.events.drain(..surplus);
+    }
+
+    /// What the API calls this state; `None` when there is no sandbox to speak of.
+    pub fn public_state(&self) -> Option<vmm::State> {
+        let sandbox = self.sandbox()?;
+        match self.state {
+            State::Creating | State::Recovering => Some(vmm::State::Creating),
+            State::Running => Some(vmm::State::Running),
+            State::Failed => Some(vmm::State::Failed),
+            // What was never acknowledged is nobody's while it is taken down.
+            State::Stopping => sandbox.born.then_some(vmm::State::Stopping),
+            State::New | State::Preparing | State::Ready | State::Baking | State::Gone => None,
+        }
+    }
+
+    /// What callers are told; `None` when there is no sandbox to speak of.
+    pub fn info(&self, idle_seconds: u64) -> Option<SandboxInfo> {
+        let state = self.public_state()?;
+        let sandbox = self.sandbox()?;
+        Some(SandboxInfo {
+            id: self.id.to_string(),
+            workspace: sandbox.spec.workspace.clone(),
+            template: sandbox.spec.template.clone(),
+            vcpus: sandbox.shape.vcpus,
+            memory_mib: sandbox.shape.memory_mib,
+            disk_mib: sandbox.shape.disk_mib,
+            state,
+            reason: self.reason.clone(),
+            metadata: sandbox.spec.metadata.clone(),
+            ttl_seconds: sandbox.spec.ttl_seconds,
+            idle_seconds,
+            persistent: sandbox.spec.persistent,
+            guest_ip: self.address.clone(),
+            boot_mode: sandbox.boot_mode.clone(),
+            boot_ms: sandbox.boot_ms,
+            created_unix_ms: self.created_unix_ms,
+            generation: self.generation,
+        })
+    }
+}
+
+impl Sandbox {
+    /// Digest of what its request asked for. A record of an older version has none: its settings must do.
+    pub fn asked(&self) -> String {
+        if self.fingerprint.is_empty() { fingerprint(&self.spec) } else { self.fingerprint.clone() }
+    }
+}
+
+impl Shape {
+    /// A machine of this template with a disk of `disk_mib` MiB (0: the template's).
+    pub fn of(template: &TemplateInfo, disk_mib: u64) -> Self {
+        let grown = disk_mib > template.disk_mib;
+        Self {
+            template: template.name.clone(),
+            vcpus: template.vcpus.max(1),
+            memory_mib: template.memory_mib,
+            disk_mib: if grown { disk_mib } else { template.disk_mib },
+            disk_grown: grown,
+            env: template.env.clone(),
+            warmup: template.warmup.clone(),
+        }
+    }
+}
+
+/// Whether a request's name is nobody's: it is made up for one call (`once-…`), and remembered only while its sandbox lives.
+pub fn is_anonymous(request: &str) -> bool {
+    request.is_empty() || request.starts_with("once-")
+}
+
+/// Digest of a specification: two requests of one name must mean the same.
+pub fn fingerprint(spec: &SandboxSpec) -> String {
+    use sha2::{Digest, Sha256};
+    let text = serde_json::to_vec(spec).unwrap_or_default();
+    hex(&Sha256::digest(text))
+}
+
+/// Key of the record of a finished request, whatever characters the request has.
+pub fn request_key(request: &str) -> String {
+    use sha2::{Digest, Sha256};
+    hex(&Sha256::digest(request.as_bytes()))
+}
+
+/// Lower-case hexadecimal digits.
+pub fn hex(bytes: &[u8]) -> String {
+    use std::fmt::Write;
+    bytes.iter().fold(String::with_capacity(bytes.len() * 2), |mut text, byte| {
+        let _ = write!(text, "{byte:02x}");
+        text
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn events_are_bounded_and_the_newest_stay() {
+        let mut record = Record::slot(SandboxId::random(), 1);
+        for number in 0..250 {
+            record.note(number, "x", "");
+        }
+
+        assert_eq!(record.events.len(), EVENTS_KEPT);
+        assert_eq!(record.events.last().map(|event| event.unix_ms), Some(249));
+    }
+
+    #[test]
+    fn a_slot_is_nobodys_sandbox() {
+        let record = Record::slot(SandboxId::random(), 1);
+
+        assert_eq!(record.info(0), None);
+    }
+
+    #[test]
+    fn hexadecimal_digits_keep_leading_zeros() {
+        assert_eq!(hex(&[0, 1, 0xff]), "0001ff");
+    }
+}

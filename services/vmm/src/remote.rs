@@ -1,0 +1,120 @@
+//! Storage and network over the bus, behind the traits that their daemons implement; and the world put together.
+//!
+//! Owns: nothing but proxies. Refuses to know: what the answers mean.
+
+use std::os::fd::OwnedFd;
+
+use pandastack_bus::{
+    Result,
+    network::{Attachment, NetworkBackend, NetworkProxy},
+    storage::{Fill, Owner, StorageBackend, StorageProxy, TemplateInfo, Usage},
+    zbus::{self, Connection},
+};
+
+use crate::{agent::Agents, firecracker::Firecracker, ports::World, socket::Sockets, unit::SystemdUnits};
+
+/// Storage, at the other end of the bus.
+#[derive(Debug, Clone)]
+pub struct RemoteStorage(pub StorageProxy<'static>);
+
+impl StorageBackend for RemoteStorage {
+    async fn templates(&self) -> Result<Vec<TemplateInfo>> {
+        self.0.templates().await
+    }
+    async fn template(&self, name: String) -> Result<TemplateInfo> {
+        self.0.template(name).await
+    }
+    async fn prepare(&self, id: String) -> Result<bool> {
+        self.0.prepare(id).await
+    }
+    async fn fill(&self, id: String, template: String, fill: Fill, disk_mib: u64) -> Result<()> {
+        self.0.fill(id, template, fill, disk_mib).await
+    }
+    async fn ensure_kernel(&self, id: String) -> Result<()> {
+        self.0.ensure_kernel(id).await
+    }
+    async fn prepare_capture(&self, id: String) -> Result<()> {
+        self.0.prepare_capture(id).await
+    }
+    async fn seal_template(&self, id: String, template: String) -> Result<()> {
+        self.0.seal_template(id, template).await
+    }
+    async fn fail_template(&self, template: String, reason: String) -> Result<()> {
+        self.0.fail_template(template, reason).await
+    }
+    async fn release(&self, id: String) -> Result<bool> {
+        self.0.release(id).await
+    }
+    async fn owners(&self) -> Result<Vec<Owner>> {
+        self.0.owners().await
+    }
+    async fn usage(&self) -> Result<Usage> {
+        self.0.usage().await
+    }
+}
+
+/// The network daemon, at the other end of the bus.
+#[derive(Debug, Clone)]
+pub struct RemoteNetwork(pub NetworkProxy<'static>);
+
+impl NetworkBackend for RemoteNetwork {
+    async fn attach(&self, id: String, process: OwnedFd) -> Result<Attachment> {
+        self.0.attach(id, process.into()).await
+    }
+    async fn detach(&self, id: String) -> Result<bool> {
+        self.0.detach(id).await
+    }
+    async fn owners(&self) -> Result<Vec<Attachment>> {
+        self.0.owners().await
+    }
+}
+
+/// The appliance.
+#[derive(Debug, Clone)]
+pub struct Appliance {
+    storage: RemoteStorage,
+    network: RemoteNetwork,
+    units: SystemdUnits,
+    firecracker: Firecracker,
+    agents: Agents,
+}
+
+impl Appliance {
+    /// Connects to everybody. Nobody is waited for: a daemon that is not up yet is started by the first call.
+    ///
+    /// # Errors
+    /// PID 1 cannot be reached.
+    pub async fn connect(bus: &Connection, sockets: Sockets) -> zbus::Result<Self> {
+        Ok(Self {
+            storage: RemoteStorage(StorageProxy::new(bus).await?),
+            network: RemoteNetwork(NetworkProxy::new(bus).await?),
+            units: SystemdUnits::connect(bus, sockets.clone()).await?,
+            firecracker: Firecracker::new(sockets.clone()),
+            agents: Agents::new(sockets),
+        })
+    }
+}
+
+impl World for Appliance {
+    type Storage = RemoteStorage;
+    type Network = RemoteNetwork;
+    type Units = SystemdUnits;
+    type Hypervisor = Firecracker;
+    type Guest = Agents;
+
+    fn storage(&self) -> &RemoteStorage {
+        &self.storage
+    }
+    fn network(&self) -> &RemoteNetwork {
+        &self.network
+    }
+    fn units(&self) -> &SystemdUnits {
+        &self.units
+    }
+    fn hypervisor(&self) -> &Firecracker {
+        &self.firecracker
+    }
+    fn guest(&self) -> &Agents {
+        &self.agents
+    }
+}
