@@ -46,7 +46,7 @@ pub struct Appliance {
     disk: Option<Disk>,
     disk_gib: u64,
     memory_mib: u32,
-    cpus: u32,
+    cpus: Option<u32>,
     uefi: bool,
     restricted: bool,
     api_port: Option<u16>,
@@ -78,7 +78,7 @@ impl Appliance {
             disk: None,
             disk_gib: 40,
             memory_mib: 6144,
-            cpus: 2,
+            cpus: None,
             uefi: false,
             restricted: true,
             api_port: None,
@@ -128,10 +128,10 @@ impl Appliance {
         self
     }
 
-    /// Processors (default 2).
+    /// Processors (default: as many as the accelerator needs).
     #[must_use]
     pub fn cpus(mut self, cpus: u32) -> Self {
-        self.cpus = cpus;
+        self.cpus = Some(cpus);
         self
     }
 
@@ -234,7 +234,7 @@ impl Appliance {
         let machine = Machine {
             accelerator: choice.accelerator,
             memory_mib: self.memory_mib,
-            cpus: self.cpus,
+            cpus: self.cpus.unwrap_or_else(|| choice.accelerator.processors()),
             uuid: self.uuid()?,
             boot: self.boot_method(choice.accelerator)?,
             disk,
