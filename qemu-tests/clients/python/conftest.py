@@ -51,19 +51,6 @@ def foreign():
     return Client(api_key=os.environ["PANDASTACK_FOREIGN_KEY"])
 
 
-def a_guest_was_reset():
-    """Whether a sandbox of ours is gone because its guest switched itself off, as the appliance tells it."""
-    return any(sandbox.status == "failed" for sandbox in Client().sandboxes.list())
-
-
-def pytest_collection_modifyitems(items):
-    # Emulated nested virtualisation resets a guest once in a long while (docs/architecture.md). A test gets a second try only
-    # there, and only when a sandbox did fail; the report shows it as R.
-    if os.environ.get("PANDASTACK_EMULATED") == "1":
-        for item in items:
-            item.add_marker(pytest.mark.flaky(reruns=1, condition=a_guest_was_reset))
-
-
 @pytest.fixture(scope="session")
 def kept(client):
     """Sandboxes that tests share, by template."""

@@ -50,7 +50,6 @@ fn finish(mut run: Command, fixture: &Fixture) -> Result<()> {
         .env("PANDASTACK_FOREIGN_KEY", fixture.foreign_token()?)
         .env("HOME", fixture.directory())
         .env("PYTHONDONTWRITEBYTECODE", "1")
-        .env("PANDASTACK_EMULATED", if fixture.emulated() { "1" } else { "0" })
         .status()?;
     ensure!(status.success(), "the suite ended with {status}; its report is above");
     Ok(())

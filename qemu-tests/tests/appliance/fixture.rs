@@ -148,25 +148,18 @@ impl Fixture {
         audit::settle(self, Duration::from_secs(90))
     }
 
-    /// Whether the appliance's processors are emulated.
-    pub fn emulated(&self) -> bool {
-        self.lock()
-            .as_ref()
-            .is_some_and(|running| running.accelerator() == qemu_tests::accel::Accelerator::Tcg)
-    }
-
-    /// How many guests of this boot were reset behind everybody's back; 0 when nobody can be asked.
-    pub fn guest_resets(&self) -> u32 {
-        let look = "journalctl -b --no-pager -t vmm -o cat | grep -c 'vm.died: the guest switched itself off' || true";
-        self.ssh(look).ok().and_then(|text| text.trim().parse().ok()).unwrap_or(0)
-    }
-
     /// Prints what a person would look at first.
     pub fn explain(&self, name: &str) {
         let lines = "journalctl -b --no-pager -o short-monotonic -p info -t api -t vmm -t storage -t network -n 40; systemctl --failed --no-legend";
         match self.ssh(lines) {
             Ok(text) => eprintln!("--- {name}: the daemons' last lines\n{text}---"),
-            Err(error) => eprintln!("--- {name}: no journal: {error:#}"),
+            Err(error) => {
+                eprintln!("--- {name}: no journal: {error:#}; the console's last lines");
+                let console = fs::read(self.directory.join("console.log")).unwrap_or_default();
+                let text = String::from_utf8_lossy(&console);
+                let lines: Vec<&str> = text.lines().collect();
+                eprintln!("{}\n---", lines[lines.len().saturating_sub(40)..].join("\n"));
+            }
         }
     }
 }

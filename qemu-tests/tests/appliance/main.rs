@@ -70,15 +70,7 @@ fn main() -> ExitCode {
             let fixture = Arc::clone(&fixture);
             Trial::test(*name, move || {
                 let started = std::time::Instant::now();
-                let resets = fixture.guest_resets();
-                let mut outcome = test(&fixture);
-                // Emulated nested virtualisation resets a guest once in a long while (docs/architecture.md). Where the journal
-                // shows that it did during this test, and only there, the test gets a second try.
-                if outcome.is_err() && fixture.emulated() && fixture.guest_resets() > resets {
-                    eprintln!("  {name}: the emulator reset a guest: {outcome:?}; once more");
-                    let _ = fixture.api().and_then(|api| api.delete_all());
-                    outcome = test(&fixture);
-                }
+                let outcome = test(&fixture);
                 eprintln!("  {name}: {:.0} s", started.elapsed().as_secs_f64());
                 outcome.map_err(|error| {
                     fixture.explain(name);

@@ -10,7 +10,10 @@ use pandastack_bus::{
     api::{Api, NAME, PATH},
     zbus,
 };
-use pandastack_daemon::{Context, records::RecordsError};
+use pandastack_daemon::{
+    Context,
+    records::{RecordsError, until_poisoned},
+};
 use tokio::net::TcpListener;
 
 use crate::{
@@ -43,6 +46,9 @@ pub enum StartError {
     /// The bus does not let us in.
     #[error("the bus")]
     Bus(#[from] zbus::Error),
+    /// A workspace or token could not be made durable; the next run goes on from what the disk holds.
+    #[error("a record could not be made durable")]
+    Poisoned,
     /// The address is taken.
     #[error("cannot listen on {address}")]
     Listen {
@@ -71,7 +77,7 @@ pub async fn run(context: Context) -> Result<(), StartError> {
     let socket = TcpListener::bind(&address)
         .await
         .map_err(|source| StartError::Listen { address: address.clone(), source })?;
-    let operator = Arc::new(Operator::new(tenancy, app.vmm.clone()));
+    let operator = Arc::new(Operator::new(tenancy.clone(), app.vmm.clone()));
     context.bus.object_server().at(PATH, Api(operator)).await?;
     context.bus.request_name(NAME).await?;
 
@@ -87,8 +93,14 @@ pub async fn run(context: Context) -> Result<(), StartError> {
     });
     context.ready(&format!("serving HTTP on {address}"));
     tracing::info!(%address, "serving");
-    listener::serve(socket, gate, context.stopped()).await;
-    Ok(())
+    let end = async {
+        tokio::select! {
+            () = context.stopped() => (),
+            () = until_poisoned(|| tenancy.is_poisoned()) => (),
+        }
+    };
+    listener::serve(socket, gate, end).await;
+    if tenancy.is_poisoned() { Err(StartError::Poisoned) } else { Ok(()) }
 }
 
 fn parse_preset(bytes: Vec<u8>) -> Option<Token> {

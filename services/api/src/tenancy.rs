@@ -133,6 +133,12 @@ impl Tenancy {
         })))
     }
 
+    /// See [`Records::is_poisoned`].
+    pub fn is_poisoned(&self) -> bool {
+        let disk = &self.0.disk;
+        disk.workspaces.is_poisoned() || disk.tokens.is_poisoned() || disk.boot.is_poisoned()
+    }
+
     /// Makes the default workspace, applies the preset token, and without one hands a fresh first token to `show`, once
     /// in the life of this appliance. When `show` fails nothing is remembered and the next start tries again.
     pub async fn first_boot(

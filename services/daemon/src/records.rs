@@ -23,12 +23,24 @@ use std::{
         Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
+    time::Duration,
 };
 
 use nix::fcntl::{Flock, FlockArg};
 use serde::{Serialize, de::DeserializeOwned};
 
 use crate::files;
+
+/// How often [`until_poisoned`] looks.
+const LOOK: Duration = Duration::from_secs(1);
+
+/// Completes when one of a daemon's stores does not know any more what the disk holds; `is_poisoned` asks them. The daemon
+/// then ends, and its next run goes on from the disk.
+pub async fn until_poisoned(is_poisoned: impl Fn() -> bool) {
+    while !is_poisoned() {
+        tokio::time::sleep(LOOK).await;
+    }
+}
 
 /// Largest record, bytes.
 pub const RECORD_LIMIT: u64 = 1024 * 1024;

@@ -99,6 +99,11 @@ impl Ledger {
         self.pool().iter().map(|(id, address)| Owner { id: id.clone(), address }).collect()
     }
 
+    /// See [`Records::is_poisoned`].
+    pub fn is_poisoned(&self) -> bool {
+        self.records.is_poisoned()
+    }
+
     /// Records wait for the disk, which the runtime's own threads must not.
     async fn with_records<T: Send + 'static>(
         &self,

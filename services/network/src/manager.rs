@@ -108,6 +108,11 @@ impl Manager {
         self.0.ledger.owners()
     }
 
+    /// Whether the records do not know any more what the disk holds.
+    pub fn is_poisoned(&self) -> bool {
+        self.0.ledger.is_poisoned()
+    }
+
     /// Loads the host's rules again, in case somebody else has changed them.
     ///
     /// # Errors

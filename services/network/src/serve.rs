@@ -9,7 +9,7 @@ use pandastack_bus::{
     network::{NAME, Network, PATH},
     zbus,
 };
-use pandastack_daemon::{Context, chain};
+use pandastack_daemon::{Context, chain, records::until_poisoned};
 
 use crate::{
     dns::{self, Forwarder},
@@ -37,6 +37,9 @@ pub enum ServeError {
     /// The part that changes rules, or the forwarder of names, has ended.
     #[error("a part of the daemon has ended")]
     PartEnded,
+    /// A record could not be made durable; the next run goes on from what the disk holds.
+    #[error("a record could not be made durable")]
+    Poisoned,
 }
 
 /// Runs until the daemon is asked to stop.
@@ -67,9 +70,10 @@ pub async fn serve(context: Context) -> Result<(), ServeError> {
             }
         }
     });
-    tokio::spawn(reload_on_request(context.clone(), manager));
+    tokio::spawn(reload_on_request(context.clone(), manager.clone()));
     tokio::select! {
         () = context.stopped() => Ok(()),
+        () = until_poisoned(|| manager.is_poisoned()) => Err(ServeError::Poisoned),
         _ = forwarder => Err(ServeError::PartEnded),
     }
 }

@@ -12,7 +12,10 @@ use pandastack_bus::{
     vmm::{self, Vmm},
     zbus::{self, Connection},
 };
-use pandastack_daemon::{Context, records::RecordsError};
+use pandastack_daemon::{
+    Context,
+    records::{RecordsError, until_poisoned},
+};
 use tokio::{sync::mpsc, time::sleep};
 
 use crate::{
@@ -31,8 +34,6 @@ const SANDBOXES: &str = "/var/lib/pandastack/storage/sandboxes";
 /// First and longest pause before a machine that PID 1 could not tell of is looked for again.
 const LOOK_AGAIN: Duration = Duration::from_secs(1);
 const LOOK_LONGEST: Duration = Duration::from_secs(30);
-/// How often the records are asked whether they may still be written.
-const POISON: Duration = Duration::from_secs(1);
 /// Sandboxes that one workspace may have, unless an operator says otherwise.
 const WORKSPACE_SANDBOXES: usize = 256;
 /// Actions of reconciliation at the same time.
@@ -85,14 +86,7 @@ pub async fn serve(ctx: Context) -> std::result::Result<(), VmmError> {
     tokio::select! {
         // Machines run on; whatever is under way here is found again by the next start.
         () = ctx.stopped() => Ok(()),
-        () = poisoned(&manager) => Err(VmmError::Poisoned),
-    }
-}
-
-/// Completes when a record could not be made durable and nobody knows what the disk holds.
-async fn poisoned<W: World>(manager: &Manager<W>) {
-    while !manager.is_poisoned() {
-        sleep(POISON).await;
+        () = until_poisoned(|| manager.is_poisoned()) => Err(VmmError::Poisoned),
     }
 }
 
