@@ -18,7 +18,7 @@ use qemu_tests_inside::{
     stats::{Row, row},
 };
 use serde_json::json;
-use tokio::net::{TcpStream, UnixStream};
+use tokio::net::TcpStream;
 
 const STORAGE: &str = "/var/lib/pandastack/storage";
 /// Idle sandboxes over which memory is averaged.
@@ -58,8 +58,8 @@ async fn measure(token: &str, template: &str, rounds: usize) -> Result<BTreeMap<
         let (id, micros, boot_ms) = create(&mut api, token, template).await?;
         creates.push(micros);
         boots.push(boot_ms * 1000.0);
-        agent_round_trips(&id, &mut agents).await?;
-        exec_round_trips(&mut api, token, &id, &mut execs).await?;
+        slots_full(&mut api).await?;
+        round_trips(&mut api, token, &id, &mut agents, &mut execs).await?;
         deletes.push(delete(&mut api, token, &id).await?);
     }
     // Without slots: take all that are there, then the next create makes everything on the spot.
@@ -110,35 +110,34 @@ async fn delete(api: &mut Connection, token: &str, id: &str) -> Result<f64> {
     Ok(before.elapsed().as_secs_f64() * 1e6)
 }
 
-async fn exec_round_trips(api: &mut Connection, token: &str, id: &str, series: &mut Vec<f64>) -> Result<()> {
-    for turn in 0..12 {
-        let before = Instant::now();
-        let answer = api
-            .call("POST", &format!("/v1/sandboxes/{id}/exec"), Some(token), Some(&json!({"cmd": "true"})))
-            .await?;
-        anyhow::ensure!(answer["exit_code"] == 0, "exec failed: {answer}");
-        if turn >= 2 {
-            series.push(before.elapsed().as_secs_f64() * 1e6);
-        }
-    }
-    Ok(())
-}
-
-async fn agent_round_trips(id: &str, series: &mut Vec<f64>) -> Result<()> {
+/// Takes turns, so that a freshly restored guest's first touches of its memory and the work of others meet both alike.
+async fn round_trips(
+    api: &mut Connection,
+    token: &str,
+    id: &str,
+    agents: &mut Vec<f64>,
+    execs: &mut Vec<f64>,
+) -> Result<()> {
     let socket = Path::new(STORAGE).join("sandboxes").join(id).join("s/v.sock");
-    let mut client: Option<pandastack_protocol::Client<UnixStream>> = Some(bare::greet(&socket).await?);
+    let mut client = bare::greet(&socket).await?;
+    let path = format!("/v1/sandboxes/{id}/exec");
     for turn in 0..12 {
         let session = format!("bench{turn:0>15}");
         let exec =
             Exec { session, argv: ["/bin/sh", "-c", "true"].map(String::from).to_vec(), ..Exec::default() };
         let before = Instant::now();
-        let greeted = client.take().context("the stream was not given back")?;
-        let mut running = greeted.exec(exec, Duration::from_secs(10)).await.map_err(|(_, error)| error)?;
+        let mut running = client.exec(exec, Duration::from_secs(10)).await.map_err(|(_, error)| error)?;
         while !matches!(running.next().await?, ExecEvent::Exit(_)) {}
+        let agent = before.elapsed().as_secs_f64() * 1e6;
+        client = running.into_client().context("the stream was not given back")?;
+
+        let before = Instant::now();
+        let answer = api.call("POST", &path, Some(token), Some(&json!({"cmd": "true"}))).await?;
+        anyhow::ensure!(answer["exit_code"] == 0, "exec failed: {answer}");
         if turn >= 2 {
-            series.push(before.elapsed().as_secs_f64() * 1e6);
+            agents.push(agent);
+            execs.push(before.elapsed().as_secs_f64() * 1e6);
         }
-        client = running.into_client();
     }
     Ok(())
 }
