@@ -94,11 +94,12 @@ impl Accelerator {
     ///
     /// Emulation has no speculation to defend against, and the defences cost a tenth of the boot.
     ///
-    /// Emulated guests stay off processor 0. QEMU (read in 10.0.13; 7.2 and 11.1 reset guests alike) clears the IGNNE flag of its *first* processor
-    /// whenever *any* processor restores its FPU state: a plain read and write of the word that also says whether nested
-    /// paging and global interrupts are on, from another thread. Where processor 0 enters or leaves a guest at that moment,
-    /// one of these bits is lost, and the guest, or the whole appliance, is reset or scribbled over. Processors that run no
-    /// guests do not change the word.
+    /// Emulated guests stay off processor 0. QEMU (read in 10.0.13; 7.2 and 11.1 reset guests alike) clears the IGNNE flag of
+    /// its *first* processor whenever *any* processor restores its FPU state: a plain read and write of the word that also
+    /// says whether nested paging and global interrupts are on, from another thread. Where processor 0 enters or leaves a
+    /// guest at that moment, one of these bits is lost, and the guest, or the whole appliance, is reset or scribbled over.
+    /// Processors that run no guests do not change the word. A UEFI boot takes its command line from the image and lacks
+    /// these words.
     #[must_use]
     pub fn kernel_arguments(self) -> &'static [&'static str] {
         match self {
