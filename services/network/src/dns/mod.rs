@@ -39,6 +39,8 @@ use crate::{
 pub const DATAGRAM: usize = 4096;
 /// Questions that one connection may ask before it is closed.
 const QUESTIONS: usize = 256;
+/// Ports that the kernel may choose before it is given up.
+const CHOICES: usize = 16;
 
 /// How the forwarder is bounded, and whom it asks.
 #[derive(Debug, Clone)]
@@ -95,10 +97,7 @@ impl Forwarder {
     /// # Errors
     /// The address is not there or in use.
     pub async fn bind(config: Config) -> Result<Self> {
-        let udp = UdpSocket::bind(config.listen).await.map_err(Error::system("the resolver's UDP port"))?;
-        // The port that UDP got, in case the kernel was asked to choose.
-        let address = udp.local_addr().map_err(Error::system("the resolver's UDP port"))?;
-        let tcp = TcpListener::bind(address).await.map_err(Error::system("the resolver's TCP port"))?;
+        let (udp, tcp) = bind_both(config.listen).await?;
         let shared = Shared {
             resolvers: Resolvers::new(config.resolvers.clone(), config.port),
             questions: Quota::new(config.per_source, config.overall),
@@ -120,6 +119,22 @@ impl Forwarder {
     pub async fn serve(self) {
         let Self { udp, tcp, shared } = self;
         tokio::join!(serve_udp(Arc::new(udp), Arc::clone(&shared)), serve_tcp(tcp, shared));
+    }
+}
+
+/// Both sockets on the same port. Where the kernel was asked to choose one, what it chose for UDP may be taken for TCP:
+/// then it chooses again.
+async fn bind_both(listen: SocketAddr) -> Result<(UdpSocket, TcpListener)> {
+    let mut choices = if listen.port() == 0 { CHOICES } else { 1 };
+    loop {
+        choices -= 1;
+        let udp = UdpSocket::bind(listen).await.map_err(Error::system("the resolver's UDP port"))?;
+        let address = udp.local_addr().map_err(Error::system("the resolver's UDP port"))?;
+        match TcpListener::bind(address).await {
+            Ok(tcp) => return Ok((udp, tcp)),
+            Err(error) if error.kind() == io::ErrorKind::AddrInUse && choices > 0 => {}
+            Err(error) => return Err(Error::system("the resolver's TCP port")(error)),
+        }
     }
 }
 

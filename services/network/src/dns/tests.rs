@@ -19,9 +19,8 @@ fn answered(mut question: Vec<u8>, padding: usize) -> Vec<u8> {
 /// A resolver on one port of both kinds. Over UDP it sends two forgeries before its answer; over TCP the answer is
 /// larger than a datagram may be. The first `silent` questions over UDP get none.
 async fn resolver(mut silent: usize) -> SocketAddr {
-    let udp = UdpSocket::bind("127.0.0.1:0").await.expect("bound");
+    let (udp, tcp) = bind_both("127.0.0.1:0".parse().expect("an address")).await.expect("bound");
     let address = udp.local_addr().expect("an address");
-    let tcp = TcpListener::bind(address).await.expect("bound");
     tokio::spawn(async move {
         let mut buffer = vec![0; DATAGRAM];
         while let Ok((length, source)) = udp.recv_from(&mut buffer).await {
