@@ -1,8 +1,7 @@
 //! The booted appliance: the disk image in QEMU, for the tests and for `make run`.
 //!
 //! This crate owns the emulated machine (accelerator, disk, network, console, power) and the ways into it that an
-//! operator has: HTTP, SSH, the serial log. It refuses to know what the appliance does: no sandbox, no route, no D-Bus
-//! name. Everything is blocking; a test that has a runtime calls it from a blocking task.
+//! operator has: HTTP, SSH, the serial log. It refuses to know what the appliance does, beyond what says that it is ready. Everything is blocking; a test that has a runtime calls it from a blocking task.
 
 pub mod accel;
 pub mod appliance;

@@ -111,11 +111,11 @@ impl Workbench {
     }
 }
 
-/// Boots the appliance and waits until its API answers.
+/// Boots the appliance and waits until its API answers and sandboxes can be made.
 ///
 /// # Errors
-/// When one runs already, the image does not fit the disk, QEMU does not start, or the API does not answer in time. In the
-/// last case the machine is left running, for a look.
+/// When one runs already, the image does not fit the disk, QEMU does not start, the API does not answer in time, or a
+/// template cannot be used. In the last two cases the machine is left running, for a look.
 pub fn run(bench: &Workbench) -> Result<ExitCode> {
     if let Some(record) = bench.running() {
         eprintln!(
@@ -177,7 +177,52 @@ pub fn run(bench: &Workbench) -> Result<ExitCode> {
         "the appliance does not answer (it still runs: `make console`, `make shell`, `make stop`)",
     )?;
     say(&format!("the API answers at http://127.0.0.1:{API_PORT}; address and key are in .run/env"));
+    wait_for_templates(&bench.token()?, Duration::from_secs(120) * choice.accelerator.patience(), &say)?;
+    say("sandboxes can be made of every template");
     Ok(ExitCode::SUCCESS)
+}
+
+/// Waits until sandboxes can be made of every template: the first boot brings their disks in and bakes a snapshot of each.
+fn wait_for_templates(token: &str, within: Duration, say: &dyn Fn(&str)) -> Result<()> {
+    #[derive(Deserialize)]
+    struct Template {
+        name: String,
+        status: String,
+        meta: serde_json::Value,
+    }
+    let agent: ureq::Agent =
+        ureq::Agent::config_builder().timeout_global(Some(Duration::from_secs(10))).build().into();
+    let deadline = Instant::now() + within;
+    let (mut last, mut said) = (String::new(), Instant::now());
+    loop {
+        let asked = agent
+            .get(format!("http://127.0.0.1:{API_PORT}/v1/templates"))
+            .header("authorization", format!("Bearer {token}"))
+            .call()
+            .and_then(|mut answer| answer.body_mut().read_json::<Vec<Template>>());
+        let news = match asked {
+            Ok(templates) => {
+                if let Some(failed) = templates.iter().find(|template| template.status == "failed") {
+                    bail!("template {} cannot be used: {}", failed.name, failed.meta["reason"]);
+                }
+                if !templates.is_empty() && templates.iter().all(|template| template.status == "baked") {
+                    return Ok(());
+                }
+                let each = templates.iter().map(|template| format!("{}: {}", template.name, template.status));
+                each.collect::<Vec<_>>().join(", ")
+            }
+            // Busy with its first boot.
+            Err(error) => format!("no answer yet ({error})"),
+        };
+        if Instant::now() >= deadline {
+            bail!("not all templates can be used after {within:?} (the appliance runs on): {news}");
+        }
+        if news != last || said.elapsed() >= Duration::from_secs(15) {
+            say(&format!("preparing templates: {news}"));
+            (last, said) = (news, Instant::now());
+        }
+        std::thread::sleep(Duration::from_secs(1));
+    }
 }
 
 /// Shuts the appliance down; cuts the power when it takes longer than a minute.
