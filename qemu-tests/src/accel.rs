@@ -90,7 +90,7 @@ impl Accelerator {
         }
     }
 
-    /// Words for the kernel command line of a direct boot.
+    /// Words for the kernel command line, for a machine of `cpus` processors.
     ///
     /// Emulation has no speculation to defend against, and the defences cost a tenth of the boot.
     ///
@@ -98,13 +98,15 @@ impl Accelerator {
     /// its *first* processor whenever *any* processor restores its FPU state: a plain read and write of the word that also
     /// says whether nested paging and global interrupts are on, from another thread. Where processor 0 enters or leaves a
     /// guest at that moment, one of these bits is lost, and the guest, or the whole appliance, is reset or scribbled over.
-    /// Processors that run no guests do not change the word. A UEFI boot takes its command line from the image and lacks
-    /// these words.
+    /// Processors that run no guests do not change the word.
     #[must_use]
-    pub fn kernel_arguments(self) -> &'static [&'static str] {
-        match self {
-            Self::Kvm => &[],
-            Self::Tcg => &["mitigations=off", "pandastack.guest_cpus=1-2"],
+    pub fn kernel_arguments(self, cpus: u32) -> Vec<String> {
+        match (self, cpus) {
+            (Self::Kvm, _) => Vec::new(),
+            (Self::Tcg, ..2) => vec!["mitigations=off".into()],
+            (Self::Tcg, _) => {
+                vec!["mitigations=off".into(), format!("pandastack.guest_cpus=1-{}", cpus - 1)]
+            }
         }
     }
 
@@ -124,6 +126,16 @@ mod tests {
 
     fn facts(flags: &str, nested: Option<&str>, device: bool) -> Facts {
         Facts { flags: flags.to_owned(), nested: nested.map(str::to_owned), device }
+    }
+
+    #[test]
+    fn emulated_guests_stay_off_the_first_processor() {
+        let words = |cpus| Accelerator::Tcg.kernel_arguments(cpus).join(" ");
+
+        assert!(words(3).contains("pandastack.guest_cpus=1-2"));
+        assert!(words(8).contains("pandastack.guest_cpus=1-7"));
+        assert!(!words(1).contains("guest_cpus"), "there is no other one");
+        assert!(Accelerator::Kvm.kernel_arguments(8).is_empty());
     }
 
     #[test]

@@ -170,7 +170,7 @@ impl Appliance {
         self
     }
 
-    /// A word for the kernel command line (direct boot only).
+    /// A word for the kernel command line.
     #[must_use]
     pub fn kernel_argument(mut self, word: &str) -> Self {
         self.kernel_arguments.push(word.to_owned());
@@ -231,18 +231,21 @@ impl Appliance {
         }
         let qmp = self.directory.join("qmp");
         let _ = fs::remove_file(&qmp);
+        let cpus = self.cpus.unwrap_or_else(|| choice.accelerator.processors());
+        let mut words = choice.accelerator.kernel_arguments(cpus);
+        words.extend(self.kernel_arguments.iter().cloned());
         let machine = Machine {
             accelerator: choice.accelerator,
             memory_mib: self.memory_mib,
-            cpus: self.cpus.unwrap_or_else(|| choice.accelerator.processors()),
+            cpus,
             uuid: self.uuid()?,
-            boot: self.boot_method(choice.accelerator)?,
+            boot: self.boot_method(&words)?,
             disk,
             log_writes: self.log_writes.clone(),
             forwards,
             restricted: self.restricted,
             network_extra: self.network_extra.clone(),
-            smbios_files: self.write_credentials()?,
+            smbios_files: self.write_smbios(&words)?,
             console: console.clone(),
             qmp: qmp.clone(),
             load_snapshot: self.snapshot.clone(),
@@ -274,7 +277,7 @@ impl Appliance {
         disk::overlay(&self.image, path, self.disk_gib)
     }
 
-    fn boot_method(&self, accelerator: Accelerator) -> Result<Boot> {
+    fn boot_method(&self, words: &[String]) -> Result<Boot> {
         if self.uefi {
             let firmware = Path::new("/usr/share/OVMF");
             let variables = self.directory.join("uefi-variables.fd");
@@ -285,11 +288,6 @@ impl Appliance {
             return Ok(Boot::Uefi { code: firmware.join("OVMF_CODE_4M.fd"), variables });
         }
         let mut command_line = self.image.command_line()?;
-        let words = accelerator
-            .kernel_arguments()
-            .iter()
-            .copied()
-            .chain(self.kernel_arguments.iter().map(String::as_str));
         for word in words {
             command_line.push(' ');
             command_line.push_str(word);
@@ -297,8 +295,9 @@ impl Appliance {
         Ok(Boot::Direct { kernel: self.image.kernel(), initrd: self.image.initrd(), command_line })
     }
 
-    /// One file per credential, readable by us alone.
-    fn write_credentials(&self) -> Result<Vec<PathBuf>> {
+    /// One file per credential, readable by us alone; and one with the words that the boot loader of a UEFI boot adds to its
+    /// image's command line.
+    fn write_smbios(&self, words: &[String]) -> Result<Vec<PathBuf>> {
         let directory = self.directory.join("credentials");
         let _ = fs::remove_dir_all(&directory);
         fs::create_dir(&directory)?;
@@ -308,6 +307,11 @@ impl Appliance {
             let path = directory.join(name);
             let value = base64::engine::general_purpose::STANDARD.encode(value);
             fs::write(&path, format!("io.systemd.credential.binary:{name}={value}"))?;
+            files.push(path);
+        }
+        if self.uefi && !words.is_empty() {
+            let path = directory.join("command-line");
+            fs::write(&path, format!("io.systemd.stub.kernel-cmdline-extra={}", words.join(" ")))?;
             files.push(path);
         }
         Ok(files)

@@ -9,6 +9,7 @@ mod audit;
 mod clients;
 mod egress;
 mod faults;
+mod firmware;
 mod fixture;
 mod operator;
 mod power;
@@ -25,6 +26,7 @@ type Test = (&'static str, fn(&Fixture) -> anyhow::Result<()>);
 const TESTS: &[Test] = &[
     ("the_disk_is_as_promised", operator::the_disk_is_as_promised),
     ("every_unit_is_up", operator::every_unit_is_up),
+    ("guests_stay_on_the_processors_named_for_them", operator::guests_stay_on_the_processors_named_for_them),
     ("nobody_can_log_in", operator::nobody_can_log_in),
     ("exposure_is_within_budget", operator::exposure_is_within_budget),
     ("the_first_token_is_not_in_the_journal", operator::the_first_token_is_not_in_the_journal),
@@ -47,6 +49,10 @@ const TESTS: &[Test] = &[
     ("a_clean_shutdown_and_boot_keep_the_truth", power::a_clean_shutdown_and_boot_keep_the_truth),
     ("power_cuts_lose_nothing_acknowledged", power::power_cuts_lose_nothing_acknowledged),
     ("cuts_at_flush_boundaries_lose_nothing_acknowledged", replay::cuts_at_flush_boundaries),
+    (
+        "a_flashed_disk_boots_and_shows_its_first_token_once",
+        firmware::a_flashed_disk_boots_and_shows_its_first_token_once,
+    ),
 ];
 
 fn main() -> ExitCode {

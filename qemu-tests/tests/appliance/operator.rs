@@ -2,6 +2,8 @@
 
 use anyhow::{Context, Result, ensure};
 
+use qemu_tests::accel::Accelerator;
+
 use crate::fixture::Fixture;
 
 /// Exposure scores (`systemd-analyze security`), each at most.
@@ -43,6 +45,20 @@ pub fn every_unit_is_up(fixture: &Fixture) -> Result<()> {
 
     ensure!(failed.trim().is_empty(), "{failed}");
     ensure!(down.is_empty(), "{}", down.join("; "));
+    Ok(())
+}
+
+pub fn guests_stay_on_the_processors_named_for_them(fixture: &Fixture) -> Result<()> {
+    let named = fixture.ssh("grep -o 'pandastack.guest_cpus=[^ ]*' /proc/cmdline || true")?;
+    let held = fixture.ssh(
+        "cat /sys/fs/cgroup$(systemctl show pandastack-sandboxes.slice -p ControlGroup --value)/cpuset.cpus.effective",
+    )?;
+
+    let emulated = qemu_tests::accel::choose(&qemu_tests::accel::probe()).accelerator == Accelerator::Tcg;
+    ensure!(!emulated || !named.trim().is_empty(), "an emulated appliance does not name them");
+    if let Some(named) = named.trim().strip_prefix("pandastack.guest_cpus=") {
+        ensure!(held.trim() == named, "guests may use {held:?}, not {named}");
+    }
     Ok(())
 }
 
