@@ -2,15 +2,23 @@
 //!
 //! Owns: which template is next, repetition after a failure. Refuses to know: what a bake consists of (`machine`).
 
-use std::{collections::HashMap, sync::Arc, time::Duration};
+use std::{
+    collections::{HashMap, HashSet},
+    sync::Arc,
+    time::Duration,
+};
 
 use pandastack_bus::{
     Result,
     storage::{StorageBackend, TemplateInfo, TemplateState},
 };
-use tokio::time::{Instant, timeout};
+use tokio::{
+    task::JoinSet,
+    time::{Instant, timeout},
+};
 
 use crate::{
+    admission,
     machine::Event,
     manager::Manager,
     ports::World,
@@ -31,39 +39,91 @@ struct Attempts {
 }
 
 impl<W: World> Manager<W> {
-    /// Bakes what is not baked, one at a time, for ever.
+    /// Bakes what is not baked, some side by side, for ever.
     pub async fn keep_baked(self: Arc<Self>) {
         let mut attempts: HashMap<String, Attempts> = HashMap::new();
+        let mut baking: HashSet<String> = HashSet::new();
+        let mut bakes = JoinSet::new();
         let mut seen = 0;
         self.look_at_templates().await;
         loop {
-            let now = Instant::now();
-            let next = self.catalogue.all().into_iter().find(|template| {
-                let due = attempts.get(&template.name).is_none_or(|so_far| so_far.next <= now);
-                template.state == TemplateState::Unbaked && due
-            });
-            let Some(template) = next else {
-                match timeout(LOOK, self.catalogue.renewal_after(seen)).await {
+            if let Some(template) = self.next_bake(&attempts, &baking) {
+                baking.insert(template.name.clone());
+                let manager = Arc::clone(&self);
+                bakes.spawn(async move {
+                    let start = Instant::now();
+                    tracing::info!(template = template.name, "template {}: baking", template.name);
+                    let outcome = manager.bake(&template).await;
+                    (template.name, start.elapsed(), outcome)
+                });
+                continue;
+            }
+            tokio::select! {
+                Some(ended) = bakes.join_next() => match ended {
+                    Ok((name, took, outcome)) => {
+                        baking.remove(&name);
+                        self.bake_ended(&mut attempts, &name, took, outcome).await;
+                    }
+                    // Which one it was is not known: those that did not come to their end are looked at again.
+                    Err(error) => {
+                        tracing::error!("a bake ended early: {error}");
+                        bakes.abort_all();
+                        while bakes.join_next().await.is_some() {}
+                        baking.clear();
+                    }
+                },
+                renewed = timeout(LOOK, self.catalogue.renewal_after(seen)) => match renewed {
                     Ok(count) => seen = count,
                     Err(_) => self.look_at_templates().await,
-                }
-                continue;
-            };
-            let start = Instant::now();
-            tracing::info!(template = template.name, "template {}: baking", template.name);
-            match self.bake(&template).await {
-                Ok(()) => {
-                    attempts.remove(&template.name);
-                    self.look_at_templates().await;
-                    tracing::info!(
-                        template = template.name,
-                        seconds = start.elapsed().as_secs(),
-                        "template {}: baked",
-                        template.name
-                    );
-                }
-                Err(error) => self.bake_failed(&mut attempts, &template.name, &error.message()).await,
+                },
             }
+        }
+    }
+
+    /// A template that can be baked now: one at any time, more of them only as far as there are processors and memory.
+    fn next_bake(
+        &self,
+        attempts: &HashMap<String, Attempts>,
+        baking: &HashSet<String>,
+    ) -> Option<TemplateInfo> {
+        let now = Instant::now();
+        let due = |template: &TemplateInfo| {
+            template.state == TemplateState::Unbaked
+                && !baking.contains(&template.name)
+                && attempts.get(&template.name).is_none_or(|so_far| so_far.next <= now)
+        };
+        let next = self.catalogue.all().into_iter().find(due)?;
+        let memory: u64 = self
+            .catalogue
+            .all()
+            .iter()
+            .filter(|one| baking.contains(&one.name))
+            .map(|one| one.memory_mib)
+            .sum();
+        let room = || {
+            // A bake touches most of its memory, and those under way may not have done so yet.
+            self.host().is_ok_and(|host| {
+                let reserve = admission::reserve_mib(host.memory_total_mib);
+                host.memory_available_mib > reserve + host.memory_pending_mib + memory + next.memory_mib
+            })
+        };
+        (baking.is_empty() || (baking.len() < self.config.parallel && room())).then_some(next)
+    }
+
+    async fn bake_ended(
+        &self,
+        attempts: &mut HashMap<String, Attempts>,
+        name: &str,
+        took: Duration,
+        outcome: Result<()>,
+    ) {
+        match outcome {
+            Ok(()) => {
+                attempts.remove(name);
+                self.look_at_templates().await;
+                tracing::info!(template = name, seconds = took.as_secs(), "template {name}: baked");
+            }
+            Err(error) => self.bake_failed(attempts, name, &error.message()).await,
         }
     }
 

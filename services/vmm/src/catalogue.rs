@@ -58,7 +58,8 @@ impl Catalogue {
         }
     }
 
-    fn get(&self, name: &str) -> Option<TemplateInfo> {
+    /// One template, as the copy has it.
+    pub fn get(&self, name: &str) -> Option<TemplateInfo> {
         self.templates.lock().unwrap_or_else(PoisonError::into_inner).get(name).cloned()
     }
 

@@ -14,7 +14,6 @@ use std::{
 
 use pandastack_bus::{
     Error, Result, SandboxId,
-    storage::TemplateInfo,
     vmm::{SandboxInfo, SandboxSpec, unknown_sandbox},
 };
 use tokio::{
@@ -121,7 +120,8 @@ impl<W: World> Manager<W> {
         admission::admit(&self.host()?, template.memory_mib, spec.disk_mib)?;
         let _pending = Pending::new(&self.pending_mib, admission::need_mib(template.memory_mib));
         let _under_way = UnderWay::new(&self.creating);
-        *self.last_asked.lock().unwrap_or_else(PoisonError::into_inner) = Some(template.name.clone());
+        self.asked.note(&template.name);
+        let shape = Shape::of(&template, spec.disk_mib);
         let _turn = timeout_at(deadline - RESTORE_ANSWER, self.restores.acquire())
             .await
             .map_err(|_| Error::NoCapacity("too many sandboxes are being made at once".into()))?;
@@ -130,11 +130,11 @@ impl<W: World> Manager<W> {
             if attempt > 1 && Instant::now() + RESTORE_ANSWER > deadline {
                 break;
             }
-            let slot = timeout_at(deadline, self.slot())
+            let slot = timeout_at(deadline, self.slot(Some(&shape)))
                 .await
                 .map_err(|_| Error::NoCapacity("no machine could be started in time".into()))??;
             claim.is_for(&slot.id);
-            match self.dress(&slot, accepted, request, spec, &template).await {
+            match self.give(&slot, accepted, request, spec, &shape).await {
                 Ok(()) => return Ok(slot.id.clone()),
                 Err(error @ (Error::NoSpace(_) | Error::NoCapacity(_) | Error::InvalidArgument(_))) => {
                     return Err(error);
@@ -152,13 +152,13 @@ impl<W: World> Manager<W> {
     }
 
     /// Makes a slot the sandbox of a request; the machine takes it down again when that fails.
-    async fn dress(
+    async fn give(
         self: &Arc<Self>,
         slot: &Arc<Sandbox>,
         accepted: Instant,
         request: &str,
         spec: &SandboxSpec,
-        template: &TemplateInfo,
+        shape: &Shape,
     ) -> Result<()> {
         slot.accept(accepted);
         slot.touch(self.now_ms());
@@ -166,7 +166,7 @@ impl<W: World> Manager<W> {
             request: request.to_owned(),
             fingerprint: fingerprint(spec),
             spec: spec.clone(),
-            shape: Shape::of(template, spec.disk_mib),
+            shape: shape.clone(),
             machine_id: agent::machine_id(),
             boot_mode: "snapshot".into(),
             boot_ms: 0,
@@ -178,7 +178,11 @@ impl<W: World> Manager<W> {
             record.created_unix_ms = now;
         };
         let with = Happening { change: Some(Box::new(change)), ..Happening::default() };
-        match self.happen(slot, Event::Take, with).await {
+        let event = match slot.record().purpose {
+            Purpose::Dressed(_) => Event::TakeDressed,
+            _ => Event::Take,
+        };
+        match self.happen(slot, event, with).await {
             Ok(State::Running) => {
                 slot.touch(self.now_ms());
                 slot.timed("total_us", accepted);

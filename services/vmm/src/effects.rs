@@ -2,10 +2,7 @@
 //!
 //! Owns: the arguments of those calls. Refuses to know: their order and what follows from a failure (`machine`, `sandbox`).
 
-use std::{
-    sync::{Arc, PoisonError},
-    time::Duration,
-};
+use std::{sync::Arc, time::Duration};
 
 use pandastack_bus::{
     Error, Result,
@@ -76,21 +73,12 @@ impl<W: World> Manager<W> {
                 Ok(())
             }
             Effect::AwaitApi => world.hypervisor().await_api(id).await,
-            Effect::SaveAndFurnish => {
-                let start = Instant::now();
-                let (saved, furnished) = tokio::join!(
-                    async {
-                        let saved = self.save(record).await;
-                        sandbox.timed("save_us", start);
-                        saved
-                    },
-                    self.furnish(sandbox, shape(record)?, Fill::Baked),
-                );
-                saved.and(furnished)
-            }
+            Effect::Furnish => self.furnish(sandbox, shape(record)?, Fill::Baked).await,
             Effect::FurnishPristine => self.furnish(sandbox, shape(record)?, Fill::Pristine).await,
             Effect::Limit => self.limit(sandbox, limits(shape(record)?)).await,
-            Effect::Load => world.hypervisor().load(id).await,
+            Effect::Load => world.hypervisor().load(id, true).await,
+            Effect::LoadPaused => world.hypervisor().load(id, false).await,
+            Effect::Resume => world.hypervisor().resume(id).await,
             Effect::Boot => {
                 let shape = shape(record)?;
                 let machine = Machine { vcpus: shape.vcpus, memory_mib: shape.memory_mib };
@@ -156,7 +144,7 @@ impl<W: World> Manager<W> {
 
     /// Limits of the template that was asked for last; before that, of the first one that can be asked for.
     fn expected_limits(&self) -> Option<Limits> {
-        let last = self.last_asked.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let last = self.asked.last();
         let all = self.catalogue.all();
         let baked = || all.iter().filter(|template| template.state == TemplateState::Baked);
         let template =

@@ -49,7 +49,7 @@ fn is_whole(seen: &[u8]) -> bool {
 async fn a_load_is_these_bytes() {
     let (_root, client, id, mut requests) = recorded(NO_CONTENT).await;
 
-    client.load(&id).await.unwrap();
+    client.load(&id, true).await.unwrap();
 
     let body = r#"{"enable_diff_snapshots":true,"mem_backend":{"backend_path":"/vm/mem","backend_type":"File"},"resume_vm":true,"snapshot_path":"/vm/state"}"#;
     assert_eq!(
@@ -58,6 +58,21 @@ async fn a_load_is_these_bytes() {
             "PUT /snapshot/load HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n{body}",
             body.len()
         )
+    );
+}
+
+#[tokio::test]
+async fn a_dressed_machine_is_loaded_without_running_and_then_let_run() {
+    let (_root, client, id, mut requests) = recorded(NO_CONTENT).await;
+
+    client.load(&id, false).await.unwrap();
+    client.resume(&id).await.unwrap();
+
+    assert!(requests.recv().await.unwrap().contains(r#""resume_vm":false"#));
+    let resume = requests.recv().await.unwrap();
+    assert!(
+        resume.starts_with("PATCH /vm HTTP/1.1\r\n") && resume.ends_with(r#"{"state":"Resumed"}"#),
+        "{resume}"
     );
 }
 

@@ -37,3 +37,4 @@ pub mod slots;
 pub mod socket;
 pub mod startup;
 pub mod unit;
+pub mod wardrobe;

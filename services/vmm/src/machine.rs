@@ -4,7 +4,8 @@
 //!
 //! ```text
 //!   New ─Begin─► Preparing ─Done─► Ready ─Take─► Creating ─Done─► Running ─Died/Lost─► Failed
-//!                    │              │ │              │             │   ▲                │
+//!                    │            ▲ │ │              │             │   ▲                │
+//!                    │      Dressing◄Dress           │             │   │                │
 //!                    │              │ └─Bake─► Baking│          Lost (persistent)       │
 //!                    │              │            │   │             ▼   │Boot, Done      │
 //!                    │              │            │   │          Recovering ─Fault─► Failed   (Setback: stays)
@@ -13,8 +14,8 @@
 //!                               Stopping ─Done─► Gone
 //! ```
 //!
-//! The states up to `Creating`, and `Baking`, were never acknowledged to anybody: after a crash they are taken down. What
-//! was acknowledged (`Running`, `Failed`) is kept until it is deleted. `Paused` and `Hibernated` join here.
+//! The states up to `Creating`, and `Baking`, were never acknowledged to anybody: on disk they stay the slot that was being
+//! prepared, and after a crash they are taken down. What was acknowledged (`Running`, `Failed`) is kept until it is deleted. `Paused` and `Hibernated` join here.
 
 use serde::{Deserialize, Serialize};
 
@@ -26,8 +27,10 @@ pub enum State {
     New,
     /// A slot that is being made.
     Preparing,
-    /// A slot: an empty Firecracker process with a network, waiting for a request.
+    /// A slot, waiting for a request: an empty Firecracker process with a network, or dressed for a template.
     Ready,
+    /// A slot that is being dressed: a template's snapshot is loaded into it, and its processors stand still.
+    Dressing,
     /// A slot that was given to a request and becomes a sandbox.
     Creating,
     /// A slot that was given to a template and becomes its snapshot.
@@ -49,8 +52,12 @@ pub enum State {
 pub enum Event {
     /// A slot is wanted.
     Begin,
-    /// A request took the slot.
+    /// A request took an empty slot.
     Take,
+    /// A request took a slot that is dressed for its template.
+    TakeDressed,
+    /// An empty slot is dressed for the template that is likely to be asked for.
+    Dress,
     /// A template took the slot.
     Bake,
     /// Every effect of the last step succeeded.
@@ -79,9 +86,8 @@ pub enum Event {
 pub enum Effect {
     /// Make the record durable. Nothing after it is done if it fails (but see [`Effect::is_dispensable`]).
     Save,
-    /// Make the record durable, and meanwhile set limits and fill the directory for a restore: until the record is
-    /// durable, the slot on disk is taken down just like what it becomes.
-    SaveAndFurnish,
+    /// Set limits and fill the directory for a restore.
+    Furnish,
     /// Tell listeners.
     Announce,
     /// Make the directory.
@@ -104,6 +110,10 @@ pub enum Effect {
     Limit,
     /// Load the snapshot and let it run.
     Load,
+    /// Load the snapshot; it does not run yet.
+    LoadPaused,
+    /// Let a loaded snapshot run.
+    Resume,
     /// Boot the disk.
     Boot,
     /// Greet the guest and make it unique.
@@ -129,7 +139,9 @@ pub enum Effect {
 use Effect as E;
 
 const PREPARE: &[Effect] = &[E::Save, E::Prepare, E::LimitExpected, E::StartUnit, E::Attach, E::AwaitApi];
-const CREATE: &[Effect] = &[E::SaveAndFurnish, E::Announce, E::Load, E::Identify, E::GrowDisk];
+const DRESS: &[Effect] = &[E::Furnish, E::LoadPaused];
+const CREATE: &[Effect] = &[E::Furnish, E::Announce, E::Load, E::Identify, E::GrowDisk];
+const CREATE_DRESSED: &[Effect] = &[E::Announce, E::Resume, E::Identify];
 const BAKE: &[Effect] =
     &[E::Save, E::FurnishPristine, E::Boot, E::Identify, E::WarmUp, E::Capture, E::StopUnit, E::Seal];
 const RECOVER: &[Effect] = &[
@@ -158,13 +170,18 @@ impl State {
         use State as S;
         Some(match (self, event) {
             (S::New, V::Begin) => (S::Preparing, PREPARE),
-            (S::Preparing, V::Done) => (S::Ready, &[]),
+            (S::Preparing | S::Dressing, V::Done) => (S::Ready, &[]),
+            (S::Ready, V::Dress) => (S::Dressing, DRESS),
             (S::Ready, V::Take) => (S::Creating, CREATE),
+            (S::Ready, V::TakeDressed) => (S::Creating, CREATE_DRESSED),
             (S::Ready, V::Bake) => (S::Baking, BAKE),
             (S::Creating | S::Recovering, V::Done) => (S::Running, SETTLE),
             (S::Baking, V::Done) => (S::Stopping, DISCARD),
 
-            (S::Preparing | S::Creating | S::Baking, V::Fault | V::Died | V::Delete | V::Lost { .. })
+            (
+                S::Preparing | S::Dressing | S::Creating | S::Baking,
+                V::Fault | V::Died | V::Delete | V::Lost { .. },
+            )
             | (S::Ready, V::Died | V::Delete | V::Lost { .. }) => (S::Stopping, DISCARD),
 
             (S::Running, V::Adopt) => (S::Running, &[E::Watch]),
@@ -191,7 +208,7 @@ impl State {
     /// Whether effects done in this state, after this event, lead on to another one by `Done`. (No effects, no `Done`.)
     pub fn is_working(self, event: Event) -> bool {
         match self {
-            Self::Preparing | Self::Creating | Self::Baking | Self::Stopping => true,
+            Self::Preparing | Self::Dressing | Self::Creating | Self::Baking | Self::Stopping => true,
             Self::Recovering => event == Event::Boot,
             _ => false,
         }
@@ -199,7 +216,7 @@ impl State {
 
     /// Whether a delete may cut the work short (between effects).
     pub fn is_abortable(self) -> bool {
-        matches!(self, Self::Preparing | Self::Creating | Self::Baking | Self::Recovering)
+        matches!(self, Self::Preparing | Self::Dressing | Self::Creating | Self::Baking | Self::Recovering)
     }
 }
 

@@ -8,6 +8,7 @@ const STATES: &[State] = &[
     State::New,
     State::Preparing,
     State::Ready,
+    State::Dressing,
     State::Creating,
     State::Baking,
     State::Running,
@@ -19,6 +20,8 @@ const STATES: &[State] = &[
 const EVENTS: &[Event] = &[
     Event::Begin,
     Event::Take,
+    Event::TakeDressed,
+    Event::Dress,
     Event::Bake,
     Event::Done,
     Event::Fault,
@@ -42,7 +45,7 @@ impl Model {
     /// Does one effect; false when it was attempted in a world in which it must not be.
     fn perform(&mut self, state: State, effect: Effect) -> bool {
         match effect {
-            Effect::Save | Effect::SaveAndFurnish => self.record = Some(state),
+            Effect::Save => self.record = Some(state),
             Effect::Prepare => drop(self.held.insert("directory")),
             Effect::StartUnit => drop(self.held.insert("unit")),
             Effect::Attach => drop(self.held.insert("network")),
@@ -206,14 +209,24 @@ fn only_what_ends_or_is_lost_goes_on_without_its_record() {
     for state in STATES {
         let ends = matches!(state, State::Stopping | State::Failed | State::Recovering);
         assert_eq!(Effect::Save.is_dispensable(*state), ends, "{state:?}");
-        assert!(!Effect::SaveAndFurnish.is_dispensable(*state) && !Effect::Forget.is_dispensable(*state));
+        assert!(!Effect::Forget.is_dispensable(*state));
     }
 }
 
 #[test]
-fn a_request_is_durable_before_its_guest_runs() {
-    let (_, effects) = State::Ready.on(Event::Take).unwrap();
+fn a_create_is_on_disk_as_a_slot_until_its_guest_is_unique() {
+    for event in [Event::Take, Event::TakeDressed] {
+        let (creating, effects) = State::Ready.on(event).unwrap();
+        assert!(effects.contains(&Effect::Identify) && !effects.contains(&Effect::Save), "{event:?}");
 
-    assert_eq!(effects.first(), Some(&Effect::SaveAndFurnish));
-    assert!(effects.contains(&Effect::Load));
+        let (running, effects) = creating.on(Event::Done).unwrap();
+        assert_eq!((running, effects.first()), (State::Running, Some(&Effect::Save)));
+    }
+}
+
+#[test]
+fn a_dressed_slot_waits_without_running() {
+    let (dressing, effects) = State::Ready.on(Event::Dress).unwrap();
+    assert!(effects.contains(&Effect::LoadPaused) && !effects.contains(&Effect::Load));
+    assert_eq!(dressing.on(Event::Done).unwrap(), (State::Ready, &[][..]));
 }

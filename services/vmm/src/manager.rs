@@ -27,8 +27,9 @@ use crate::{
     machine::State,
     ports::World,
     quota::Claims,
-    record::{Record, Tombstone},
+    record::{Record, Shape, Tombstone},
     sandbox::Sandbox,
+    wardrobe::Asked,
 };
 
 /// What an operator may set.
@@ -88,8 +89,8 @@ pub struct Manager<W> {
     pub refill: Notify,
     /// Space on the data partition as last told: free and reserve, bytes.
     pub space: Mutex<Option<(u64, u64)>>,
-    /// Template that was asked for last.
-    pub last_asked: Mutex<Option<String>>,
+    /// Templates that were asked for last.
+    pub asked: Asked,
     /// Creates that succeeded.
     pub created: AtomicU64,
     /// Creates that did not.
@@ -128,7 +129,7 @@ impl<W: World> Manager<W> {
             pending_mib: AtomicU64::new(0),
             refill: Notify::new(),
             space: Mutex::new(None),
-            last_asked: Mutex::new(None),
+            asked: Asked::default(),
             created: AtomicU64::new(0),
             refused: AtomicU64::new(0),
             sandboxes: Mutex::default(),
@@ -195,15 +196,25 @@ impl<W: World> Manager<W> {
         self.map().values().cloned().collect()
     }
 
-    /// A slot that is ready; the oldest first.
-    pub fn pop_slot(&self) -> Option<Arc<Sandbox>> {
+    /// A slot that is ready: one that is dressed for this machine if one is given and there is such a slot, otherwise an
+    /// empty one; the oldest first.
+    pub fn pop_slot(&self, shape: Option<&Shape>) -> Option<Arc<Sandbox>> {
+        let ready = self.ready_slots();
+        let dressed = |slot: &&Arc<Sandbox>| shape.is_some() && slot.record().shape() == shape;
+        let empty = |slot: &&Arc<Sandbox>| slot.record().shape().is_none();
+        ready
+            .iter()
+            .filter(dressed)
+            .chain(ready.iter().filter(empty))
+            .find(|slot| self.claim_slot(&slot.id))
+            .cloned()
+    }
+
+    /// Takes this slot out of the pool. `false`: somebody else has it.
+    pub fn claim_slot(&self, id: &SandboxId) -> bool {
         let mut slots = self.slots.lock().unwrap_or_else(PoisonError::into_inner);
-        while let Some(slot) = slots.pop_front() {
-            if slot.record().state == State::Ready {
-                return Some(slot);
-            }
-        }
-        None
+        let found = slots.iter().position(|slot| slot.id == *id);
+        found.and_then(|at| slots.remove(at)).is_some_and(|slot| slot.record().state == State::Ready)
     }
 
     /// Keeps a slot that is ready.
@@ -211,11 +222,11 @@ impl<W: World> Manager<W> {
         self.slots.lock().unwrap_or_else(PoisonError::into_inner).push_back(slot);
     }
 
-    /// Slots that are ready.
-    pub fn slots_ready(&self) -> usize {
+    /// Slots that are ready, the oldest first.
+    pub fn ready_slots(&self) -> Vec<Arc<Sandbox>> {
         let mut slots = self.slots.lock().unwrap_or_else(PoisonError::into_inner);
         slots.retain(|slot| slot.record().state == State::Ready);
-        slots.len()
+        slots.iter().cloned().collect()
     }
 
     /// Whether a store does not know any more what the disk holds; see [`Records::is_poisoned`].
@@ -254,7 +265,7 @@ impl<W: World> Manager<W> {
         Ok(Capacity {
             sandboxes: small(states.len()),
             running: small(running),
-            slots: small(self.slots_ready()),
+            slots: small(self.ready_slots().len()),
             slots_wanted: small(self.config.slots),
             memory_available_mib: host.memory_available_mib,
             memory_reserve_mib: admission::reserve_mib(host.memory_total_mib),

@@ -59,8 +59,10 @@ pub struct Machine {
 pub trait Hypervisor: Send + Sync + 'static {
     /// Waits until the process takes orders.
     fn await_api(&self, id: &SandboxId) -> impl Future<Output = Result<()>> + Send;
-    /// Restores from `/vm/state` and `/vm/mem` and lets the guest run.
-    fn load(&self, id: &SandboxId) -> impl Future<Output = Result<()>> + Send;
+    /// Restores from `/vm/state` and `/vm/mem`, and lets the guest run if `resume` says so.
+    fn load(&self, id: &SandboxId, resume: bool) -> impl Future<Output = Result<()>> + Send;
+    /// Lets the processors of a paused machine run.
+    fn resume(&self, id: &SandboxId) -> impl Future<Output = Result<()>> + Send;
     /// Configures and boots from `/vm/vmlinux`, `/vm/initrd.img`, `/vm/root.img`.
     fn boot(&self, id: &SandboxId, machine: Machine) -> impl Future<Output = Result<()>> + Send;
     /// Stops the processors and writes the difference to an empty memory into `/vm/mem` and `/vm/state`.

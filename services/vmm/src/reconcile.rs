@@ -102,6 +102,7 @@ mod tests {
 
     const ON_DISK: &[State] = &[
         State::Preparing,
+        State::Dressing,
         State::Creating,
         State::Baking,
         State::Running,

@@ -47,6 +47,8 @@ pub struct Record {
 pub enum Purpose {
     /// Waits to be given away.
     Slot,
+    /// Waits to be given to a request for this template, whose snapshot is loaded.
+    Dressed(Shape),
     /// Becomes the snapshot of this template.
     Bake(Shape),
     /// Belongs to somebody.
@@ -148,7 +150,7 @@ impl Record {
     pub fn shape(&self) -> Option<&Shape> {
         match &self.purpose {
             Purpose::Slot => None,
-            Purpose::Bake(shape) => Some(shape),
+            Purpose::Dressed(shape) | Purpose::Bake(shape) => Some(shape),
             Purpose::Sandbox(sandbox) => Some(&sandbox.shape),
         }
     }
@@ -170,7 +172,9 @@ impl Record {
             State::Failed => Some(vmm::State::Failed),
             // What was never acknowledged is nobody's while it is taken down.
             State::Stopping => sandbox.born.then_some(vmm::State::Stopping),
-            State::New | State::Preparing | State::Ready | State::Baking | State::Gone => None,
+            State::New | State::Preparing | State::Ready | State::Dressing | State::Baking | State::Gone => {
+                None
+            }
         }
     }
 

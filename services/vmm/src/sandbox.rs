@@ -300,7 +300,7 @@ impl<W: World> Manager<W> {
             }
             let start = Instant::now();
             let outcome = self.perform(sandbox, record, *effect).await;
-            if matches!(record.state, State::Preparing | State::Creating | State::Running) {
+            if matches!(record.state, State::Preparing | State::Dressing | State::Creating | State::Running) {
                 sandbox.timed(effect_name(*effect), start);
             }
             tracing::debug!(sandbox = %sandbox.id, effect = ?effect, micros = start.elapsed().as_micros() as u64, "did");
@@ -437,9 +437,10 @@ pub fn may_pass(error: &Error) -> bool {
 fn effect_name(effect: Effect) -> &'static str {
     match effect {
         Effect::Save => "save_us",
-        Effect::SaveAndFurnish => "save_and_fill_us",
+        Effect::Furnish => "furnish_us",
         Effect::FurnishPristine => "fill_us",
-        Effect::Load => "load_us",
+        Effect::Load | Effect::LoadPaused => "load_us",
+        Effect::Resume => "resume_us",
         Effect::Identify => "hello_and_identity_us",
         Effect::GrowDisk => "grow_us",
         Effect::Announce => "announce_us",

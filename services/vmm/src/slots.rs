@@ -1,18 +1,19 @@
-//! Prepared slots: an id with a directory, a network and an empty Firecracker process.
+//! Prepared slots: an id with a directory, a network and a Firecracker process, empty or dressed for a template.
 //!
-//! Owns: how many there are and when they are made. Refuses to know: what becomes of them.
+//! Owns: when they are made. Refuses to know: how many of which kind there shall be (`wardrobe`), what becomes of them.
 
 use std::{sync::Arc, time::Duration};
 
-use pandastack_bus::{Result, SandboxId};
+use pandastack_bus::{Result, SandboxId, storage::TemplateState};
 use tokio::time::{sleep, timeout};
 
 use crate::{
     machine::Event,
     manager::Manager,
     ports::World,
-    record::Record,
+    record::{Purpose, Record, Shape},
     sandbox::{Happening, Sandbox},
+    wardrobe::{self, Step},
 };
 
 /// After a create it stays quiet for this long before a slot is made: creates tend to come in rows.
@@ -25,12 +26,12 @@ const PAUSE: Duration = Duration::from_secs(3);
 const RECOUNT: Duration = Duration::from_secs(10);
 
 impl<W: World> Manager<W> {
-    /// A slot: one that waits, or one made on the spot.
+    /// A slot: one that waits (dressed for `shape`, if one is given and there is such a slot), or one made on the spot.
     ///
     /// # Errors
     /// It cannot be made; nothing of it is left.
-    pub async fn slot(self: &Arc<Self>) -> Result<Arc<Sandbox>> {
-        let waiting = self.pop_slot();
+    pub async fn slot(self: &Arc<Self>, shape: Option<&Shape>) -> Result<Arc<Sandbox>> {
+        let waiting = self.pop_slot(shape);
         self.refill.notify_one();
         match waiting {
             Some(slot) => Ok(slot),
@@ -55,28 +56,59 @@ impl<W: World> Manager<W> {
     /// Keeps the configured number of slots, for ever, and gives way to creates.
     pub async fn keep_slots(self: Arc<Self>) {
         loop {
-            if self.slots_ready() >= self.config.slots {
+            if self.next_step().1 == Step::Rest {
                 let _ = timeout(RECOUNT, self.refill.notified()).await;
                 continue;
             }
             // A create that finds no slot waits for one anyway.
-            if self.slots_ready() * 2 >= self.config.slots {
+            if self.ready_slots().len() * 2 >= self.config.slots {
                 self.wait_for_quiet().await;
             }
-            if self.slots_ready() >= self.config.slots {
-                continue;
-            }
-            match self.make_slot().await {
-                Ok(slot) => {
-                    tracing::debug!(sandbox = %slot.id, "a slot is ready");
-                    self.push_slot(slot);
-                }
-                Err(error) => {
-                    tracing::warn!("a slot could not be made: {}", error.message());
-                    sleep(PAUSE).await;
-                }
+            let (ready, step) = self.next_step();
+            let done = match step {
+                Step::Rest => continue,
+                Step::Make => self.make_slot().await.map(|slot| self.push_slot(slot)),
+                Step::Dress(at, template) => self.dress(&ready[at], &template).await,
+                Step::Discard(at) => self.discard(&ready[at]).await,
+            };
+            if let Err(error) = done {
+                tracing::warn!("a slot could not be made ready: {}", error.message());
+                sleep(PAUSE).await;
             }
         }
+    }
+
+    /// What to do about the slots, and the slots that it speaks of.
+    fn next_step(&self) -> (Vec<Arc<Sandbox>>, Step) {
+        let ready = self.ready_slots();
+        let dressed: Vec<_> =
+            ready.iter().map(|slot| slot.record().shape().map(|shape| shape.template.clone())).collect();
+        let all = self.catalogue.all();
+        let baked = all.iter().filter(|template| template.state == TemplateState::Baked);
+        let votes = self.asked.votes(baked.map(|template| template.name.as_str()));
+        let step = wardrobe::next_step(&dressed, &votes, self.config.slots);
+        (ready, step)
+    }
+
+    /// Loads the snapshot of a template into an empty slot.
+    async fn dress(self: &Arc<Self>, slot: &Arc<Sandbox>, template: &str) -> Result<()> {
+        let Some(template) = self.catalogue.get(template).filter(|_| self.claim_slot(&slot.id)) else {
+            return Ok(());
+        };
+        let shape = Shape::of(&template, 0);
+        let change = move |record: &mut Record| record.purpose = Purpose::Dressed(shape);
+        let with = Happening { change: Some(Box::new(change)), ..Happening::default() };
+        self.happen(slot, Event::Dress, with).await?;
+        self.push_slot(Arc::clone(slot));
+        Ok(())
+    }
+
+    /// Takes a slot down that is dressed for what nobody asks for.
+    async fn discard(self: &Arc<Self>, slot: &Arc<Sandbox>) -> Result<()> {
+        if self.claim_slot(&slot.id) {
+            self.happen(slot, Event::Delete, Happening::because("dressed for nobody")).await?;
+        }
+        Ok(())
     }
 
     /// Completes when no create is under way, or after a while.

@@ -112,9 +112,10 @@ fn setting(ctx: &Context, credential: &str, variable: &str) -> Option<usize> {
     text.trim().parse().map_err(|error| tracing::error!("{credential} is no number: {error}")).ok()
 }
 
-/// An empty slot costs a few MiB; what it saves is process start, of which a core does only some per second.
+/// A slot costs a few MiB; what it saves is process start, of which a core does only some per second. Half of them are
+/// dressed for templates.
 fn default_slots(cores: usize) -> usize {
-    cores.clamp(2, 16)
+    (cores * 2).clamp(4, 32)
 }
 
 /// Tells every change on the bus, in order.

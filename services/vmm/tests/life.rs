@@ -29,8 +29,16 @@ fn open(
     world: &Arc<Fake>,
     directory: &Path,
 ) -> (Daemon, mpsc::UnboundedReceiver<pandastack_vmm::manager::Change>) {
+    open_with(world, directory, 1)
+}
+
+fn open_with(
+    world: &Arc<Fake>,
+    directory: &Path,
+    slots: usize,
+) -> (Daemon, mpsc::UnboundedReceiver<pandastack_vmm::manager::Change>) {
     let (changes, told) = mpsc::unbounded_channel();
-    let config = Config { slots: 1, parallel: 4, workspace_sandboxes: 4 };
+    let config = Config { slots, parallel: 4, workspace_sandboxes: 4 };
     (Manager::open(Handle(Arc::clone(world)), directory, config, changes).unwrap(), told)
 }
 
@@ -104,6 +112,43 @@ async fn a_sandbox_lives_from_create_to_delete() {
         states.push(change.state);
     }
     assert_eq!(states, ["creating", "running", "stopping", ""]);
+    clean(&world);
+}
+
+#[tokio::test]
+async fn a_dressed_slot_only_has_to_run() {
+    let (world, directory) = (Fake::new(), tempfile::tempdir().unwrap());
+    let (daemon, _told) = open_with(&world, directory.path(), 2);
+    daemon.catalogue.renew(&Handle(Arc::clone(&world))).await.unwrap();
+    tokio::spawn(Arc::clone(&daemon).keep_slots());
+    eventually("one slot is dressed and one is empty", || {
+        let ready = daemon.ready_slots();
+        ready.len() == 2 && ready.iter().filter(|slot| slot.record().shape().is_some()).count() == 1
+    })
+    .await;
+    world.books.lock().unwrap().log.clear();
+
+    let made = Backend(Arc::clone(&daemon)).create("r".into(), spec(false)).await.unwrap();
+
+    let log = world.books.lock().unwrap().log.clone();
+    let of_it: Vec<_> = log.iter().filter_map(|line| line.strip_suffix(&format!(" {}", made.id))).collect();
+    assert_eq!(of_it, ["resume", "identify"]);
+    clean(&world);
+}
+
+#[tokio::test]
+async fn a_larger_disk_takes_an_empty_slot() {
+    let (world, directory) = (Fake::new(), tempfile::tempdir().unwrap());
+    let (daemon, _told) = open_with(&world, directory.path(), 2);
+    daemon.catalogue.renew(&Handle(Arc::clone(&world))).await.unwrap();
+    tokio::spawn(Arc::clone(&daemon).keep_slots());
+    eventually("both slots are ready", || daemon.ready_slots().len() == 2).await;
+
+    let larger = SandboxSpec { disk_mib: 2048, ..spec(false) };
+    let made = Backend(Arc::clone(&daemon)).create("r".into(), larger).await.unwrap();
+
+    let log = world.books.lock().unwrap().log.clone();
+    assert!(log.contains(&format!("load {}", made.id)) && !log.contains(&format!("resume {}", made.id)));
     clean(&world);
 }
 
@@ -309,18 +354,18 @@ async fn slots_are_refilled_behind_and_used_first() {
     let (daemon, _told) = open(&world, directory.path());
     let backend = Backend(Arc::clone(&daemon));
     tokio::spawn(Arc::clone(&daemon).keep_slots());
-    eventually("a slot is ready", || daemon.slots_ready() == 1).await;
+    eventually("a slot is ready", || daemon.ready_slots().len() == 1).await;
     let slot = world.owners().into_iter().next().unwrap();
 
     let made = backend.create(String::new(), spec(false)).await.unwrap();
 
     assert_eq!(made.id, slot);
-    eventually("another one is ready", || daemon.slots_ready() == 1 && world.owners().len() == 2).await;
+    eventually("another one is ready", || daemon.ready_slots().len() == 1 && world.owners().len() == 2).await;
     let slot = world.owners().into_iter().find(|id| *id != made.id).unwrap();
     world.books.lock().unwrap().units.remove(&slot);
     eventually("a dead slot is replaced", || {
         daemon.refill.notify_one();
-        daemon.slots_ready() == 1 && !world.owners().contains(&slot)
+        daemon.ready_slots().len() == 1 && !world.owners().contains(&slot)
     })
     .await;
     clean(&world);
@@ -634,7 +679,7 @@ async fn an_empty_pool_is_refilled_at_once() {
 
     tokio::spawn(Arc::clone(&daemon).keep_slots());
 
-    eventually("a slot is ready although creates never end", || daemon.slots_ready() == 1).await;
+    eventually("a slot is ready although creates never end", || daemon.ready_slots().len() == 1).await;
     assert!(start.elapsed() < Duration::from_secs(10));
 }
 

@@ -29,6 +29,7 @@ pub struct Books {
     pub limited: BTreeSet<String>,
     pub attachments: BTreeSet<String>,
     pub guests: BTreeSet<String>,
+    pub paused: BTreeSet<String>,
     pub machine_ids: BTreeMap<String, String>,
     pub captured: BTreeSet<String>,
     pub baked: bool,
@@ -67,6 +68,7 @@ impl Fake {
         books.units.clear();
         books.attachments.clear();
         books.guests.clear();
+        books.paused.clear();
     }
 
     pub fn fail(&self, what: &str) {
@@ -251,6 +253,7 @@ impl Units for Handle {
         self.0
             .call("stop", id.as_str(), |books| {
                 books.guests.remove(id.as_str());
+                books.paused.remove(id.as_str());
                 Ok(books.units.remove(id.as_str()).is_some())
             })
             .await
@@ -277,8 +280,25 @@ impl Hypervisor for Handle {
     async fn await_api(&self, id: &SandboxId) -> Result<()> {
         self.0.call("await", id.as_str(), |_| Ok(())).await
     }
-    async fn load(&self, id: &SandboxId) -> Result<()> {
-        self.run("load", id, Fill::Baked).await
+    async fn load(&self, id: &SandboxId, resume: bool) -> Result<()> {
+        self.run("load", id, Fill::Baked).await?;
+        if !resume {
+            let mut books = self.0.books.lock().unwrap();
+            books.guests.remove(id.as_str());
+            books.paused.insert(id.to_string());
+        }
+        Ok(())
+    }
+    async fn resume(&self, id: &SandboxId) -> Result<()> {
+        self.0
+            .call("resume", id.as_str(), |books| {
+                if !books.paused.remove(id.as_str()) {
+                    books.violations.push(format!("resume of {id}, which is not paused"));
+                }
+                books.guests.insert(id.to_string());
+                Ok(())
+            })
+            .await
     }
     async fn boot(&self, id: &SandboxId, _machine: Machine) -> Result<()> {
         self.run("boot", id, Fill::Pristine).await
