@@ -162,12 +162,17 @@ impl<W: World> Manager<W> {
     ) -> Result<()> {
         slot.accept(accepted);
         slot.touch(self.now_ms());
+        // One that is dressed has a machine id already.
+        let (event, machine_id) = match slot.record().machine_id() {
+            Some(machine_id) => (Event::TakeDressed, machine_id.to_owned()),
+            None => (Event::Take, agent::machine_id()),
+        };
         let sandbox = record::Sandbox {
             request: request.to_owned(),
             fingerprint: fingerprint(spec),
             spec: spec.clone(),
             shape: shape.clone(),
-            machine_id: agent::machine_id(),
+            machine_id,
             boot_mode: "snapshot".into(),
             boot_ms: 0,
             born: false,
@@ -178,10 +183,6 @@ impl<W: World> Manager<W> {
             record.created_unix_ms = now;
         };
         let with = Happening { change: Some(Box::new(change)), ..Happening::default() };
-        let event = match slot.record().purpose {
-            Purpose::Dressed(_) => Event::TakeDressed,
-            _ => Event::Take,
-        };
         match self.happen(slot, event, with).await {
             Ok(State::Running) => {
                 slot.touch(self.now_ms());

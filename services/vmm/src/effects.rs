@@ -76,15 +76,16 @@ impl<W: World> Manager<W> {
             Effect::Furnish => self.furnish(sandbox, shape(record)?, Fill::Baked).await,
             Effect::FurnishPristine => self.furnish(sandbox, shape(record)?, Fill::Pristine).await,
             Effect::Limit => self.limit(sandbox, limits(shape(record)?)).await,
-            Effect::Load => world.hypervisor().load(id, true).await,
-            Effect::LoadPaused => world.hypervisor().load(id, false).await,
+            Effect::Load => world.hypervisor().load(id).await,
+            Effect::Pause => world.hypervisor().pause(id).await,
             Effect::Resume => world.hypervisor().resume(id).await,
             Effect::Boot => {
                 let shape = shape(record)?;
                 let machine = Machine { vcpus: shape.vcpus, memory_mib: shape.memory_mib };
                 world.hypervisor().boot(id, machine).await
             }
-            Effect::Identify => self.identify(sandbox, record).await,
+            Effect::Identify => self.identify(sandbox, record, record.machine_id().map(str::to_owned)).await,
+            Effect::Freshen => self.identify(sandbox, record, None).await,
             Effect::GrowDisk => {
                 if shape(record)?.disk_grown {
                     world.hypervisor().renew_disk(id).await?;
@@ -152,15 +153,17 @@ impl<W: World> Manager<W> {
         Some(limits(&Shape::of(template, 0)))
     }
 
-    async fn identify(&self, sandbox: &Sandbox, record: &mut Record) -> Result<()> {
+    async fn identify(
+        &self,
+        sandbox: &Sandbox,
+        record: &mut Record,
+        machine_id: Option<String>,
+    ) -> Result<()> {
         let limit = match record.state {
-            State::Creating => RESTORE_ANSWER,
+            State::Dressing | State::Creating => RESTORE_ANSWER,
             _ => BOOT_ANSWER,
         };
-        let identification = Identification {
-            machine_id: record.sandbox().map(|sandbox| sandbox.machine_id.clone()),
-            env: shape(record)?.env.clone(),
-        };
+        let identification = Identification { machine_id, env: shape(record)?.env.clone() };
         let start = Instant::now();
         let answered = tokio::select! {
             answered = self.world.guest().identify(&sandbox.id, &identification, start + limit) => answered?,

@@ -28,8 +28,7 @@ const LOAD: Duration = Duration::from_secs(15);
 const CAPTURE: Duration = Duration::from_secs(180);
 /// From the start of the process to its first answer.
 const APPEAR: Duration = Duration::from_secs(15);
-/// Kernel command line of every guest. A guest's clocks go on from where its snapshot was loaded, and it may stand still for
-/// long before it runs: watchdogs for stuck processors would take that for a fault.
+/// Kernel command line of every guest. A guest may stand still for long while its clocks go on: watchdogs for stuck processors would take that for a fault.
 pub const BOOT_ARGS: &str = "console=ttyS0 quiet reboot=k panic=1 pci=off nosoftlockup \
                              rcupdate.rcu_cpu_stall_suppress=1 panda.addr=172.31.255.2/30 panda.gw=172.31.255.1 \
                              panda.mtu=1450 root=/dev/vda";
@@ -161,14 +160,20 @@ impl Hypervisor for Firecracker {
         }
     }
 
-    async fn load(&self, id: &SandboxId, resume: bool) -> BusResult<()> {
+    async fn load(&self, id: &SandboxId) -> BusResult<()> {
         let body = json!({
             "snapshot_path": "/vm/state",
             "mem_backend": { "backend_path": "/vm/mem", "backend_type": "File" },
             "enable_diff_snapshots": true,
-            "resume_vm": resume,
+            "resume_vm": true,
         });
         self.request(id, Method::PUT, "/snapshot/load", Some(&body), LOAD).await?;
+        Ok(())
+    }
+
+    async fn pause(&self, id: &SandboxId) -> BusResult<()> {
+        let body = json!({ "state": "Paused" });
+        self.request(id, Method::PATCH, "/vm", Some(&body), LOAD).await?;
         Ok(())
     }
 
@@ -188,8 +193,7 @@ impl Hypervisor for Firecracker {
     }
 
     async fn capture(&self, id: &SandboxId) -> BusResult<()> {
-        let paused = json!({ "state": "Paused" });
-        self.request(id, Method::PATCH, "/vm", Some(&paused), LOAD).await?;
+        self.pause(id).await?;
         let body = json!({
             "snapshot_type": "Diff",
             "snapshot_path": "/vm/state",

@@ -49,7 +49,7 @@ fn is_whole(seen: &[u8]) -> bool {
 async fn a_load_is_these_bytes() {
     let (_root, client, id, mut requests) = recorded(NO_CONTENT).await;
 
-    client.load(&id, true).await.unwrap();
+    client.load(&id).await.unwrap();
 
     let body = r#"{"enable_diff_snapshots":true,"mem_backend":{"backend_path":"/vm/mem","backend_type":"File"},"resume_vm":true,"snapshot_path":"/vm/state"}"#;
     assert_eq!(
@@ -62,13 +62,17 @@ async fn a_load_is_these_bytes() {
 }
 
 #[tokio::test]
-async fn a_dressed_machine_is_loaded_without_running_and_then_let_run() {
+async fn a_machine_is_paused_and_resumed() {
     let (_root, client, id, mut requests) = recorded(NO_CONTENT).await;
 
-    client.load(&id, false).await.unwrap();
+    client.pause(&id).await.unwrap();
     client.resume(&id).await.unwrap();
 
-    assert!(requests.recv().await.unwrap().contains(r#""resume_vm":false"#));
+    let pause = requests.recv().await.unwrap();
+    assert!(
+        pause.starts_with("PATCH /vm HTTP/1.1\r\n") && pause.ends_with(r#"{"state":"Paused"}"#),
+        "{pause}"
+    );
     let resume = requests.recv().await.unwrap();
     assert!(
         resume.starts_with("PATCH /vm HTTP/1.1\r\n") && resume.ends_with(r#"{"state":"Resumed"}"#),

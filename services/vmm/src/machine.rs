@@ -29,7 +29,7 @@ pub enum State {
     Preparing,
     /// A slot, waiting for a request: an empty Firecracker process with a network, or dressed for a template.
     Ready,
-    /// A slot that is being dressed: a template's snapshot is loaded into it, and its processors stand still.
+    /// A slot that is being dressed: a template's snapshot is restored in it and made unique, then its processors are stopped.
     Dressing,
     /// A slot that was given to a request and becomes a sandbox.
     Creating,
@@ -110,10 +110,12 @@ pub enum Effect {
     Limit,
     /// Load the snapshot and let it run.
     Load,
-    /// Load the snapshot; it does not run yet.
-    LoadPaused,
-    /// Let a loaded snapshot run.
+    /// Stop the processors.
+    Pause,
+    /// Let stopped processors go on.
     Resume,
+    /// Greet a guest that is unique already and give it the time and fresh entropy.
+    Freshen,
     /// Boot the disk.
     Boot,
     /// Greet the guest and make it unique.
@@ -139,9 +141,9 @@ pub enum Effect {
 use Effect as E;
 
 const PREPARE: &[Effect] = &[E::Save, E::Prepare, E::LimitExpected, E::StartUnit, E::Attach, E::AwaitApi];
-const DRESS: &[Effect] = &[E::Furnish, E::LoadPaused];
+const DRESS: &[Effect] = &[E::Furnish, E::Load, E::Identify, E::Pause];
 const CREATE: &[Effect] = &[E::Furnish, E::Announce, E::Load, E::Identify, E::GrowDisk];
-const CREATE_DRESSED: &[Effect] = &[E::Announce, E::Resume, E::Identify];
+const CREATE_DRESSED: &[Effect] = &[E::Announce, E::Resume, E::Freshen];
 const BAKE: &[Effect] =
     &[E::Save, E::FurnishPristine, E::Boot, E::Identify, E::WarmUp, E::Capture, E::StopUnit, E::Seal];
 const RECOVER: &[Effect] = &[

@@ -59,8 +59,10 @@ pub struct Machine {
 pub trait Hypervisor: Send + Sync + 'static {
     /// Waits until the process takes orders.
     fn await_api(&self, id: &SandboxId) -> impl Future<Output = Result<()>> + Send;
-    /// Restores from `/vm/state` and `/vm/mem`, and lets the guest run if `resume` says so.
-    fn load(&self, id: &SandboxId, resume: bool) -> impl Future<Output = Result<()>> + Send;
+    /// Restores from `/vm/state` and `/vm/mem` and lets the guest run.
+    fn load(&self, id: &SandboxId) -> impl Future<Output = Result<()>> + Send;
+    /// Stops the processors.
+    fn pause(&self, id: &SandboxId) -> impl Future<Output = Result<()>> + Send;
     /// Lets the processors of a paused machine run.
     fn resume(&self, id: &SandboxId) -> impl Future<Output = Result<()>> + Send;
     /// Configures and boots from `/vm/vmlinux`, `/vm/initrd.img`, `/vm/root.img`.
@@ -74,7 +76,7 @@ pub trait Hypervisor: Send + Sync + 'static {
 /// Who a guest shall be.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Identification {
-    /// 32 hexadecimal digits; `None` for a guest that shall be nobody (a bake).
+    /// 32 hexadecimal digits; `None` for a guest that shall be nobody (a bake), or stay who it is.
     pub machine_id: Option<String>,
     /// Environment of every exec.
     pub env: BTreeMap<String, String>,

@@ -47,8 +47,13 @@ pub struct Record {
 pub enum Purpose {
     /// Waits to be given away.
     Slot,
-    /// Waits to be given to a request for this template, whose snapshot is loaded.
-    Dressed(Shape),
+    /// Waits to be given to a request for this template: its snapshot is restored, and stands still.
+    Dressed {
+        /// What it is made of.
+        shape: Shape,
+        /// 32 hexadecimal digits: the guest is unique already.
+        machine_id: String,
+    },
     /// Becomes the snapshot of this template.
     Bake(Shape),
     /// Belongs to somebody.
@@ -150,8 +155,17 @@ impl Record {
     pub fn shape(&self) -> Option<&Shape> {
         match &self.purpose {
             Purpose::Slot => None,
-            Purpose::Dressed(shape) | Purpose::Bake(shape) => Some(shape),
+            Purpose::Dressed { shape, .. } | Purpose::Bake(shape) => Some(shape),
             Purpose::Sandbox(sandbox) => Some(&sandbox.shape),
+        }
+    }
+
+    /// Machine id of its guest; a bake's has none, and an empty slot has no guest.
+    pub fn machine_id(&self) -> Option<&str> {
+        match &self.purpose {
+            Purpose::Slot | Purpose::Bake(_) => None,
+            Purpose::Dressed { machine_id, .. } => Some(machine_id),
+            Purpose::Sandbox(sandbox) => Some(&sandbox.machine_id),
         }
     }
 

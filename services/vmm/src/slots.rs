@@ -8,6 +8,7 @@ use pandastack_bus::{Result, SandboxId, storage::TemplateState};
 use tokio::time::{sleep, timeout};
 
 use crate::{
+    agent,
     machine::Event,
     manager::Manager,
     ports::World,
@@ -90,13 +91,13 @@ impl<W: World> Manager<W> {
         (ready, step)
     }
 
-    /// Loads the snapshot of a template into an empty slot.
+    /// Restores the snapshot of a template in an empty slot, makes the guest unique and stops it.
     async fn dress(self: &Arc<Self>, slot: &Arc<Sandbox>, template: &str) -> Result<()> {
         let Some(template) = self.catalogue.get(template).filter(|_| self.claim_slot(&slot.id)) else {
             return Ok(());
         };
-        let shape = Shape::of(&template, 0);
-        let change = move |record: &mut Record| record.purpose = Purpose::Dressed(shape);
+        let (shape, machine_id) = (Shape::of(&template, 0), agent::machine_id());
+        let change = move |record: &mut Record| record.purpose = Purpose::Dressed { shape, machine_id };
         let with = Happening { change: Some(Box::new(change)), ..Happening::default() };
         self.happen(slot, Event::Dress, with).await?;
         self.push_slot(Arc::clone(slot));

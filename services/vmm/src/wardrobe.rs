@@ -2,8 +2,8 @@
 //!
 //! Owns: that decision, and what was asked for lately. Refuses to know: how a slot is made or dressed (`slots`).
 //!
-//! A dressed slot has a template's snapshot loaded, and its processors stand still: a create only lets it run. It serves no other
-//! template, and nothing but a create. So half of the slots stay empty, for whatever comes, and the other half is shared
+//! In a dressed slot a template's snapshot is restored, made unique and stopped again: a create only lets it go on and gives it the
+//! time and fresh entropy. It serves no other template, and nothing but a create. So half of the slots stay empty, for whatever comes, and the other half is shared
 //! out among the templates by what was asked for lately.
 
 use std::{

@@ -133,6 +133,10 @@ async fn a_dressed_slot_only_has_to_run() {
     let log = world.books.lock().unwrap().log.clone();
     let of_it: Vec<_> = log.iter().filter_map(|line| line.strip_suffix(&format!(" {}", made.id))).collect();
     assert_eq!(of_it, ["resume", "identify"]);
+    assert!(
+        world.books.lock().unwrap().machine_ids.contains_key(&made.id),
+        "it was made unique when it was dressed"
+    );
     clean(&world);
 }
 

@@ -280,14 +280,19 @@ impl Hypervisor for Handle {
     async fn await_api(&self, id: &SandboxId) -> Result<()> {
         self.0.call("await", id.as_str(), |_| Ok(())).await
     }
-    async fn load(&self, id: &SandboxId, resume: bool) -> Result<()> {
-        self.run("load", id, Fill::Baked).await?;
-        if !resume {
-            let mut books = self.0.books.lock().unwrap();
-            books.guests.remove(id.as_str());
-            books.paused.insert(id.to_string());
-        }
-        Ok(())
+    async fn load(&self, id: &SandboxId) -> Result<()> {
+        self.run("load", id, Fill::Baked).await
+    }
+    async fn pause(&self, id: &SandboxId) -> Result<()> {
+        self.0
+            .call("pause", id.as_str(), |books| {
+                if !books.guests.remove(id.as_str()) {
+                    books.violations.push(format!("pause of {id}, which does not run"));
+                }
+                books.paused.insert(id.to_string());
+                Ok(())
+            })
+            .await
     }
     async fn resume(&self, id: &SandboxId) -> Result<()> {
         self.0
