@@ -8,6 +8,7 @@ mod connection;
 mod delete;
 mod driver;
 mod exec;
+mod ext4;
 mod files;
 mod forward;
 pub mod machine;
@@ -15,7 +16,9 @@ mod replay;
 mod session;
 mod sessions;
 mod spawn;
+mod transfer;
 mod users;
+mod volumes;
 mod wire;
 mod write;
 

@@ -36,6 +36,10 @@ impl Machine for Fake {
         self.0.lock().expect("lock").push("grow".into());
         Ok(())
     }
+    fn mount(&self, mounts: &[Mount]) -> Result<(), Failure> {
+        self.0.lock().expect("lock").push(format!("mount {}", mounts.len()));
+        Ok(())
+    }
     fn shut_down(&self) -> Result<(), Failure> {
         self.0.lock().expect("lock").push("shut down".into());
         Ok(())
@@ -729,6 +733,46 @@ async fn control() {
         let () = client.call(&request, LIMIT).await.expect("done");
     }
     until("shutting down", || *world.machine.0.lock().expect("lock") == ["grow", "shut down"]).await;
+}
+
+#[tokio::test]
+async fn only_volumes_are_mounted_and_only_below_mnt() {
+    let world = World::new();
+    let mut client = world.client().await;
+    let mount = |device: &str, path: &str| Mount {
+        device: device.to_owned(),
+        path: path.to_owned(),
+        read_only: false,
+    };
+    let good = [mount("vdb", "/mnt/data"), mount("vdz", "/mnt/more/of it")];
+    let () = client.call(&Request::Mount { mounts: good.to_vec() }, LIMIT).await.expect("mounted");
+    let bad_devices = ["", "vda", "vdB", "vd", "vdbc", "sdb", "/dev/vdb", "../vdb", "vd\0"];
+    let bad_paths = [
+        "",
+        "mnt/a",
+        "/mnt",
+        "/mnt/",
+        "/mnt//a",
+        "/mnt/a/",
+        "/mnt/./a",
+        "/mnt/../etc",
+        "/mnt/a/..",
+        "/etc",
+        "/mnta",
+        "/mnt/a\0",
+    ];
+    let bad = bad_devices.map(|device| mount(device, "/mnt/x"));
+    let bad = bad.into_iter().chain(bad_paths.map(|path| mount("vdc", path)));
+    let twice = [mount("vdb", "/mnt/x"), mount("vdx", "/mnt/data")];
+    for wrong in bad.chain(twice) {
+        let mounts = vec![good[0].clone(), wrong.clone()];
+        assert_eq!(
+            code(client.call::<()>(&Request::Mount { mounts }, LIMIT).await),
+            Code::Invalid,
+            "{wrong:?}"
+        );
+    }
+    assert_eq!(*world.machine.0.lock().expect("lock"), ["mount 2"]);
 }
 
 #[tokio::test]

@@ -1,12 +1,6 @@
 //! What the agent does to the machine as a whole, behind a trait: tests have no business setting clocks.
 
-use std::{
-    fs::{self, File},
-    io,
-    os::fd::AsRawFd,
-    path::Path,
-    time::Duration,
-};
+use std::{fs::File, io, os::fd::AsRawFd, path::Path, time::Duration};
 
 use nix::{
     libc,
@@ -17,7 +11,9 @@ use nix::{
     time::{ClockId, clock_settime},
     unistd::Pid,
 };
-use pandastack_protocol::{Code, Defaults, Failure, Identity, Unique};
+use pandastack_protocol::{Code, Defaults, Failure, Identity, Mount, Unique};
+
+use super::{ext4, volumes};
 
 use crate::{identity_files, layout::IDENTITY};
 
@@ -27,6 +23,8 @@ pub trait Machine: Send + Sync + 'static {
     fn identify(&self, identity: &Identity) -> Result<(), Failure>;
     /// Grows the root file system to its disk.
     fn grow_root(&self) -> Result<(), Failure>;
+    /// Mounts volumes, all or none.
+    fn mount(&self, mounts: &[Mount]) -> Result<(), Failure>;
     /// Asks init to end the machine.
     fn shut_down(&self) -> Result<(), Failure>;
     /// The defaults that the last identity brought, from before this agent started.
@@ -57,7 +55,11 @@ impl Machine for Guest {
     }
 
     fn grow_root(&self) -> Result<(), Failure> {
-        grow(Path::new("/")).map_err(step("growing the root file system"))
+        ext4::grow(Path::new("/")).map_err(step("growing the root file system"))
+    }
+
+    fn mount(&self, mounts: &[Mount]) -> Result<(), Failure> {
+        volumes::mount_all(mounts)
     }
 
     fn shut_down(&self) -> Result<(), Failure> {
@@ -163,31 +165,6 @@ fn become_unique(unique: &Unique) -> Result<(), Failure> {
     write()
         .or_else(|_| identity_files::install().and_then(|()| write()))
         .map_err(step("writing the identity files"))
-}
-
-/// Grows a mounted ext4 to the size of its block device.
-fn grow(mount_point: &Path) -> io::Result<()> {
-    const EXT4_IOC_RESIZE_FS: libc::c_ulong = 0x4008_6610;
-    const BLKGETSIZE64: libc::c_ulong = 0x8008_1272;
-    use std::os::unix::fs::MetadataExt;
-    let root = File::open(mount_point)?;
-    let metadata = root.metadata()?;
-    let (major, minor) = (libc::major(metadata.dev()), libc::minor(metadata.dev()));
-    let uevent = fs::read_to_string(format!("/sys/dev/block/{major}:{minor}/uevent"))?;
-    let name = uevent.lines().find_map(|line| line.strip_prefix("DEVNAME="));
-    let name = name.ok_or_else(|| io::Error::other("the disk has no name"))?;
-    let device = File::open(Path::new("/dev").join(name))?;
-    let mut bytes: u64 = 0;
-    // SAFETY: BLKGETSIZE64 writes a u64, which outlives the call.
-    if unsafe { libc::ioctl(device.as_raw_fd(), BLKGETSIZE64, &mut bytes) } < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    let blocks = bytes / metadata.blksize().max(1024);
-    // SAFETY: EXT4_IOC_RESIZE_FS reads a u64, which outlives the call.
-    if unsafe { libc::ioctl(root.as_raw_fd(), EXT4_IOC_RESIZE_FS, &blocks) } < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    Ok(())
 }
 
 #[cfg(test)]
