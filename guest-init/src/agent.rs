@@ -3,6 +3,7 @@
 //! Owns sessions, files and the guest's identity. Refuses to know who asks and why: the host is the only peer, and what
 //! it says is done. One thread runs everything; what blocks goes to a few helpers.
 
+mod budget;
 mod cgroup;
 mod connection;
 mod delete;
@@ -64,6 +65,10 @@ impl Agent {
         let agent = self.clone();
         let identity =
             connection::blocking(move || agent.machine.identify(&identity).map(|()| identity)).await?;
+        match identity.unique {
+            Some(_) => self.sessions.abandon(),
+            None => self.sessions.renew_grace(),
+        }
         if let Some(defaults) = identity.defaults {
             *self.defaults.lock().unwrap_or_else(PoisonError::into_inner) = Arc::new(defaults);
         }

@@ -436,6 +436,75 @@ async fn nobody_attached_drops_the_oldest_and_counts() {
     assert!(outcome.stdout.len() <= REPLAY_BYTES && outcome.stdout.len() > REPLAY_BYTES / 2);
 }
 
+/// Of a guest that was restored: a copy has a name of its own.
+fn restored(copy: bool) -> Request {
+    let unique = Unique {
+        sandbox: "copy".into(),
+        machine_id: "0".repeat(32),
+        boot_id: "01234567-89ab-4cde-8f01-23456789abcd".into(),
+        hostname: "sb-copy".into(),
+    };
+    let unique = copy.then_some(unique);
+    Request::Identity(Identity { unix_nanos: 1, entropy: "00".into(), unique, defaults: None })
+}
+
+#[tokio::test]
+async fn a_copy_detaches_what_runs_and_a_wake_does_not() {
+    let world = World::new();
+    let running = sh("read word; echo got $word");
+    let mut stream = world.exec(Exec { stdin: true, ..running.clone() }).await;
+    let ended = sh("true");
+    assert_eq!(collect(world.exec(ended.clone()).await).await.exit.code, 0);
+    let mut client = world.client().await;
+    let mut detached = async |request: &Request| {
+        let () = client.call(request, LIMIT).await.expect("done");
+        let list: Sessions = client.call(&Request::Sessions {}, LIMIT).await.expect("sessions");
+        let of = |exec: &Exec| {
+            list.sessions.iter().find(|info| info.session == exec.session).expect("it is there")
+        };
+        (of(&running).detached, of(&ended).detached)
+    };
+    assert_eq!(detached(&restored(false)).await, (false, false));
+    assert_eq!(detached(&restored(true)).await, (true, false));
+    // Whoever was attached belongs to the parent; anybody may go on here.
+    assert!(matches!(stream.next().await, Err(ClientError::Lost(_))));
+    let mut stream =
+        world.client().await.attach(&running.session, 0, LIMIT).await.map_err(|e| e.1).expect("attached");
+    stream.stdin(b"word\n");
+    assert_eq!(collect(stream).await.out(), "got word\n");
+}
+
+#[tokio::test]
+async fn in_a_copy_nothing_holds_output_up() {
+    let world = World::new();
+    let exec = sh("head -c 3000000 /dev/zero; echo end");
+    // It is attached to and never acknowledges, so its program is held up.
+    let parent = world.exec(exec.clone()).await;
+    let mut client = world.client().await;
+    let mut info = async || {
+        let list: Sessions = client.call(&Request::Sessions {}, LIMIT).await.expect("sessions");
+        list.sessions[0].clone()
+    };
+    while info().await.output_bytes < REPLAY_BYTES as u64 / 2 {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    assert_eq!(info().await.exit, None);
+    let () = world.client().await.call(&restored(true), LIMIT).await.expect("done");
+    let exit = loop {
+        match info().await.exit {
+            Some(exit) => break exit,
+            None => tokio::time::sleep(Duration::from_millis(5)).await,
+        }
+    };
+    assert_eq!((exit.code, exit.output_bytes), (0, 3_000_004));
+    assert!(exit.dropped > 0);
+    drop(parent);
+    let kept = world.client().await.attach(&exec.session, 0, LIMIT).await.map_err(|e| e.1).expect("attached");
+    let outcome = collect(kept).await;
+    assert!(outcome.stdout.ends_with(b"end\n"), "the oldest is dropped, not the newest");
+    assert_eq!(outcome.exit.dropped + outcome.stdout.len() as u64, 3_000_004);
+}
+
 #[tokio::test]
 async fn an_attachment_takes_over_from_an_older_one() {
     let world = World::new();

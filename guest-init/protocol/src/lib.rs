@@ -35,6 +35,10 @@
 //! counted, while none is. A lost connection leaves the session; [`Request::Attach`] goes on at an offset. What the host
 //! wants ended it ends with [`Request::Kill`] or [`Kind::Signal`].
 //!
+//! Sessions outlive captures. In the guest that was captured and in one that woke ([`Identity::unique`] absent) they wait
+//! for their hosts [`ORPHAN_SECONDS`] of guest time from then on. In a copy (`unique` present) those that run are
+//! detached from then on: anybody may attach, nobody has to.
+//!
 //! Standard input has a window: the host has at most [`STDIN_WINDOW`] bytes on the way that [`Kind::StdinTaken`] has not
 //! reported. So the guest never has to stop reading a connection, and acknowledgements and signals always get through.
 //! [`Started::stdin`] says where input goes on after an `Attach`.
