@@ -61,16 +61,19 @@ impl Agent {
         self.defaults.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    async fn identify(self: &Arc<Self>, identity: Identity) -> Result<(), Failure> {
-        let agent = self.clone();
-        let identity =
-            connection::blocking(move || agent.machine.identify(&identity).map(|()| identity)).await?;
+    fn identify(&self, identity: Identity) -> Result<(), Failure> {
+        self.machine.identify(&identity)?;
         match identity.unique {
             Some(_) => self.sessions.abandon(),
             None => self.sessions.renew_grace(),
         }
         if let Some(defaults) = identity.defaults {
-            *self.defaults.lock().unwrap_or_else(PoisonError::into_inner) = Arc::new(defaults);
+            let mut current = self.defaults.lock().unwrap_or_else(PoisonError::into_inner);
+            // A sandbox has those of its template, nearly always.
+            if **current != defaults {
+                self.machine.remember_defaults(&defaults);
+                *current = Arc::new(defaults);
+            }
         }
         Ok(())
     }
@@ -101,7 +104,7 @@ async fn listen() -> io::Result<()> {
     if cgroups.is_none() {
         eprintln!("panda-agent: no cgroups: sessions are process groups");
     }
-    let agent = Agent::new(Guest, cgroups);
+    let agent = Agent::new(Guest::open()?, cgroups);
     let listener = VsockListener::bind(VsockAddr::new(VMADDR_CID_ANY, PORT))?;
     let places = Arc::new(Semaphore::new(CONNECTIONS));
     let mut sweep = tokio::time::interval(Duration::from_secs(30));

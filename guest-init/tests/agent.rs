@@ -44,6 +44,9 @@ impl Machine for Fake {
         self.0.lock().expect("lock").push("shut down".into());
         Ok(())
     }
+    fn remember_defaults(&self, defaults: &Defaults) {
+        self.0.lock().expect("lock").push(format!("remember {}", defaults.workdir));
+    }
     fn remembered_defaults(&self) -> Defaults {
         Defaults::default()
     }
@@ -253,6 +256,9 @@ async fn environment_directory_and_user() {
     assert_eq!(outcome.out(), "/image/bin:/usr/bin:/bin yes /root root x y\n/usr\n0022\n");
     let exec = Exec { user: "12345".into(), ..sh("id -u; id -g; id -G; cat /proc/self/oom_score_adj") };
     assert_eq!(collect(world.exec(exec).await).await.out(), "12345\n12345\n12345\n0\n");
+    // What is known is not written again, which every sandbox of a template would have to wait for.
+    let () = client.call(&Request::Identity(identity.clone()), LIMIT).await.expect("identity");
+    assert_eq!(*world.machine.0.lock().expect("lock"), ["identity 5", "remember /usr", "identity 5"]);
     let failed = Identity { entropy: String::new(), ..identity };
     let error = client.call::<()>(&Request::Identity(failed), LIMIT).await.expect_err("refused");
     assert!(matches!(error, ClientError::Guest(Failure { code: Code::Internal, .. })));

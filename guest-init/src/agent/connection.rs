@@ -168,7 +168,7 @@ where
             wire.answer(result).await
         }
         Request::Identity(identity) => {
-            let result = agent.identify(identity).await;
+            let result = agent.identify(identity);
             wire.answer(result).await
         }
         Request::Sync {} => {
