@@ -7,6 +7,7 @@ mod budget;
 mod cgroup;
 mod connection;
 mod delete;
+mod disks;
 mod driver;
 mod exec;
 mod ext4;
@@ -32,6 +33,7 @@ use std::{
 };
 
 pub use connection::serve;
+use disks::Disks;
 use machine::{Guest, Machine};
 use pandastack_protocol::{Defaults, Failure, Identity, PORT};
 use sessions::Sessions;
@@ -47,6 +49,7 @@ const CONNECTIONS: usize = 256;
 pub struct Agent {
     machine: Box<dyn Machine>,
     sessions: Sessions,
+    disks: Disks,
     defaults: Mutex<Arc<Defaults>>,
 }
 
@@ -54,7 +57,12 @@ impl Agent {
     /// An agent for `machine`, with sessions in cgroups below `cgroups`, or in process groups where that is `None`.
     pub fn new(machine: impl Machine, cgroups: Option<PathBuf>) -> Arc<Self> {
         let defaults = Mutex::new(Arc::new(machine.remembered_defaults()));
-        Arc::new(Self { machine: Box::new(machine), sessions: Sessions::new(cgroups), defaults })
+        Arc::new(Self {
+            machine: Box::new(machine),
+            sessions: Sessions::new(cgroups),
+            disks: Disks::default(),
+            defaults,
+        })
     }
 
     fn defaults(&self) -> Arc<Defaults> {

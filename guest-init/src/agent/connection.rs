@@ -63,12 +63,8 @@ where
                 Err(failure) => wire.answer::<()>(Err(failure)).await?,
             },
             Request::Shutdown {} => {
-                blocking(|| {
-                    write::sync();
-                    Ok(())
-                })
-                .await
-                .ok();
+                // Its failure is no reason to live on.
+                agent.disks.sync().await.ok();
                 wire.answer(Ok(())).await?;
                 wire.outgoing.flush().await?;
                 if let Err(failure) = agent.machine.shut_down() {
@@ -172,11 +168,7 @@ where
             wire.answer(result).await
         }
         Request::Sync {} => {
-            let result = blocking(|| {
-                write::sync();
-                Ok(())
-            });
-            let result = result.await;
+            let result = agent.disks.sync().await;
             wire.answer(result).await
         }
         Request::GrowRoot {} => {
