@@ -851,6 +851,39 @@ async fn only_volumes_are_mounted_and_only_below_mnt() {
 }
 
 #[tokio::test]
+async fn a_request_may_come_along_with_the_greeting() {
+    let world = World::new();
+    let request = Request::Health {};
+    let (mut client, health): (_, Health) =
+        Client::greet_and_call(world.raw(), 7, &request, LIMIT).await.expect("both answers");
+    assert_eq!((client.hello.nonce, health.sessions), (7, 0));
+    let () = client.call(&Request::GrowRoot {}, LIMIT).await.expect("the connection goes on");
+    let missing = Request::Kill { session: id() };
+    assert_eq!(
+        code(Client::greet_and_call::<()>(world.raw(), 7, &missing, LIMIT).await.map(drop)),
+        Code::NotFound
+    );
+
+    // The agent also answers a host that waits for its greeting, and one that sends it in pieces.
+    let mut stream = world.raw();
+    let mut out = bytes::BytesMut::new();
+    encode(Kind::Hello, br#"{"proto":1,"nonce":7}"#, &mut out);
+    encode(Kind::Request, br#"{"op":"health"}"#, &mut out);
+    for piece in out.chunks(7) {
+        stream.write_all(piece).await.expect("written");
+        tokio::task::yield_now().await;
+    }
+    let (mut decoder, mut kinds) = (Decoder::new(), Vec::new());
+    while kinds.len() < 2 {
+        assert!(tokio::io::AsyncReadExt::read_buf(&mut stream, decoder.buffer()).await.expect("read") > 0);
+        while let Some(frame) = decoder.next_frame().expect("frames") {
+            kinds.push(frame.kind);
+        }
+    }
+    assert_eq!(kinds, [Kind::Hello, Kind::Done]);
+}
+
+#[tokio::test]
 async fn garbage_ends_a_connection_and_nothing_else() {
     use tokio::io::AsyncReadExt;
     let world = World::new();

@@ -16,6 +16,8 @@
 //!                                     Done, Exit or Error            the connection is idle again
 //! ```
 //!
+//! The first request need not wait for the guest's `Hello`.
+//!
 //! One activity at a time per connection, so the kernel gives flow control and cancellation. Only [`Request::Forward`]
 //! takes the connection for good: after its `Ready` the bytes are raw in both directions. While idle the guest ignores
 //! frames that belong to an activity that ended before they arrived (`Stdin`, `StdinEnd`, `Ack`, `Signal`, `Data`, `DataEnd`).

@@ -30,7 +30,7 @@ where
     let mut wire = Wire::new(stream);
     tokio::time::timeout(GREETING, greet(&mut wire)).await??;
     loop {
-        let Frame { kind, payload } = wire.incoming.next().await?;
+        let Frame { kind, payload } = wire.next_request().await?;
         match kind {
             Kind::Request => {}
             // What belonged to an activity that ended before it came.
@@ -88,7 +88,8 @@ async fn greet<S: AsyncRead + AsyncWrite>(wire: &mut Wire<S>) -> io::Result<()> 
         return Err(io::ErrorKind::Unsupported.into());
     }
     let answer = Hello { proto: PROTOCOL, nonce: hello.nonce, agent: env!("CARGO_PKG_VERSION").to_owned() };
-    wire.send(Kind::Hello, &answer).await
+    // It goes out with the answer to a request that came along with the greeting.
+    wire.outgoing.push_json(Kind::Hello, &answer)
 }
 
 /// A frame where it has no business: there is no way on.
