@@ -74,14 +74,32 @@ pub enum Request {
         /// TCP port.
         port: u16,
     },
-    /// Writes everything dirty to the disks. Answer: `Done`.
+    /// Writes everything dirty to the disks. Answer: `Done`; `Error` `busy` after 50 seconds.
     Sync {},
     /// Grows the root file system to its disk. Answer: `Done`.
     GrowRoot {},
+    /// Mounts volumes, whose drives the host has just put in place. Answer: `Done` once all are mounted; those that are
+    /// already are left alone.
+    Mount {
+        /// What and where.
+        mounts: Vec<Mount>,
+    },
     /// Answer: `Done` with a [`Health`].
     Health {},
     /// Syncs and powers off. Answer: `Done`, then the guest is gone.
     Shutdown {},
+}
+
+/// A volume to mount.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Mount {
+    /// Name of the block device, for example `vdb`.
+    pub device: String,
+    /// Absolute path of the mount point; made if it is missing.
+    pub path: String,
+    /// The host refuses writes.
+    #[serde(default)]
+    pub read_only: bool,
 }
 
 /// What makes a guest itself.

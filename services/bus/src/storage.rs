@@ -71,6 +71,95 @@ pub enum Fill {
     Pristine,
 }
 
+/// What a capture is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, Type)]
+#[zvariant(signature = "s")]
+#[serde(rename_all = "lowercase")]
+pub enum Purpose {
+    /// A tenant's: kept until it is deleted.
+    Snapshot,
+    /// Between a fork and its children: whoever made it deletes it.
+    Fork,
+    /// What a hibernated sandbox consists of: goes when it is awake or deleted.
+    Hibernation,
+}
+
+/// What a capture becomes; the caller's part of its manifest.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, Type)]
+pub struct SnapshotSpec {
+    /// Its id, chosen by the caller, of the form of [`crate::SandboxId`].
+    pub id: String,
+    /// Tenant that owns it.
+    pub workspace: String,
+    /// Sandbox that it was taken of.
+    pub sandbox: String,
+    /// What it is for.
+    pub purpose: Purpose,
+    /// Template that the sandbox came from; may be gone by now.
+    pub template: String,
+    /// Virtual processors.
+    pub vcpus: u32,
+    /// Guest memory in MiB.
+    pub memory_mib: u64,
+    /// Root disk in MiB.
+    pub disk_mib: u64,
+    /// Environment of every exec.
+    pub env: BTreeMap<String, String>,
+    /// Volumes of the sandbox, in the order of their devices: for a tenant's snapshot and a fork their files are in the
+    /// capture, too.
+    pub volumes: Vec<VolumeUse>,
+}
+
+/// A capture on storage.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, Type)]
+pub struct SnapshotInfo {
+    /// What its maker said.
+    pub spec: SnapshotSpec,
+    /// Bytes on the data partition that its files have; blocks shared with others count.
+    pub size_bytes: u64,
+    /// Unix milliseconds.
+    pub created_unix_ms: u64,
+    /// Why it cannot be restored on this machine as it is (another processor, damaged); empty when it can.
+    pub unusable: String,
+}
+
+/// What Firecracker has to write for a capture.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, Type)]
+#[zvariant(signature = "s")]
+#[serde(rename_all = "lowercase")]
+pub enum CaptureKind {
+    /// The pages that changed since the machine was restored or captured last, over a copy of what it was then.
+    Diff,
+    /// All of it: what the machine was then is not known.
+    Full,
+}
+
+/// A volume that a sandbox asks for.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, Type)]
+pub struct VolumeUse {
+    /// Its name within the workspace.
+    pub name: String,
+    /// Writes are refused by the host.
+    pub read_only: bool,
+}
+
+/// A volume.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, Type)]
+pub struct VolumeInfo {
+    /// Owner.
+    pub workspace: String,
+    /// Its name: `[A-Za-z0-9._-]{1,64}`, neither `.` nor `..`.
+    pub name: String,
+    /// Size in MiB.
+    pub size_mib: u64,
+    /// Bytes it takes on the data partition.
+    pub used_bytes: u64,
+    /// Unix milliseconds.
+    pub created_unix_ms: u64,
+    /// Sandboxes that have it; one at most if it is held for writing.
+    pub holders: Vec<String>,
+}
+
 /// Space on the data partition, bytes.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, Type)]
 pub struct Usage {
@@ -117,6 +206,69 @@ pub trait StorageBackend: Send + Sync + 'static {
     fn fail_template(&self, template: String, reason: String) -> impl Future<Output = Result<()>> + Send;
     /// See [`Storage`].
     fn release(&self, id: String) -> impl Future<Output = Result<bool>> + Send;
+    /// See [`Storage`].
+    fn begin_capture(&self, id: String) -> impl Future<Output = Result<CaptureKind>> + Send;
+    /// See [`Storage`].
+    fn capture_disks(&self, id: String, volumes: bool) -> impl Future<Output = Result<()>> + Send;
+    /// See [`Storage`].
+    fn commit_capture(
+        &self,
+        id: String,
+        spec: SnapshotSpec,
+    ) -> impl Future<Output = Result<SnapshotInfo>> + Send;
+    /// See [`Storage`].
+    fn abort_capture(&self, id: String) -> impl Future<Output = Result<()>> + Send;
+    /// See [`Storage`].
+    fn copy_snapshot(
+        &self,
+        from: String,
+        spec: SnapshotSpec,
+    ) -> impl Future<Output = Result<SnapshotInfo>> + Send;
+    /// See [`Storage`].
+    fn fill_snapshot(&self, id: String, snapshot: String) -> impl Future<Output = Result<()>> + Send;
+    /// See [`Storage`].
+    fn snapshots(&self, workspace: String) -> impl Future<Output = Result<Vec<SnapshotInfo>>> + Send;
+    /// See [`Storage`].
+    fn snapshot(&self, snapshot: String) -> impl Future<Output = Result<SnapshotInfo>> + Send;
+    /// See [`Storage`].
+    fn delete_snapshot(&self, snapshot: String) -> impl Future<Output = Result<bool>> + Send;
+    /// See [`Storage`].
+    fn create_volume(
+        &self,
+        workspace: String,
+        name: String,
+        size_mib: u64,
+    ) -> impl Future<Output = Result<VolumeInfo>> + Send;
+    /// See [`Storage`].
+    fn volumes(&self, workspace: String) -> impl Future<Output = Result<Vec<VolumeInfo>>> + Send;
+    /// See [`Storage`].
+    fn volume(&self, workspace: String, name: String) -> impl Future<Output = Result<VolumeInfo>> + Send;
+    /// See [`Storage`].
+    fn delete_volume(&self, workspace: String, name: String) -> impl Future<Output = Result<bool>> + Send;
+    /// See [`Storage`].
+    fn grow_volume(
+        &self,
+        workspace: String,
+        name: String,
+        size_mib: u64,
+    ) -> impl Future<Output = Result<VolumeInfo>> + Send;
+    /// See [`Storage`].
+    fn hold_volumes(
+        &self,
+        sandbox: String,
+        workspace: String,
+        volumes: Vec<VolumeUse>,
+    ) -> impl Future<Output = Result<()>> + Send;
+    /// See [`Storage`].
+    fn drop_volumes(&self, sandbox: String) -> impl Future<Output = Result<()>> + Send;
+    /// See [`Storage`].
+    fn insert_volumes(
+        &self,
+        id: String,
+        sandbox: String,
+        workspace: String,
+        volumes: Vec<VolumeUse>,
+    ) -> impl Future<Output = Result<()>> + Send;
     /// See [`Storage`].
     fn owners(&self) -> impl Future<Output = Result<Vec<Owner>>> + Send;
     /// See [`Storage`].
@@ -177,6 +329,107 @@ impl<B: StorageBackend> Storage<B> {
     /// Removes the directory of a sandbox. Its process must be gone. Answers whether it was there.
     async fn release(&self, id: String) -> Result<bool> {
         self.0.release(id).await
+    }
+
+    /// Makes ready for a capture of a sandbox: flushes its disks, makes `c.mem` (for a diff, a reflink of the memory file
+    /// that it runs on) and an empty `c.state`, both writable for Firecracker, and makes durable that what it runs on is
+    /// not known any more, because a capture clears the record of what changed. Only [`Storage::commit_capture`] makes it
+    /// known again.
+    async fn begin_capture(&self, id: String) -> Result<CaptureKind> {
+        self.0.begin_capture(id).await
+    }
+
+    /// Reflinks the root disk, and its volumes if asked for, while the processors stand still. Everything that the guest
+    /// flushed, and that Firecracker wrote, is in them.
+    async fn capture_disks(&self, id: String, volumes: bool) -> Result<()> {
+        self.0.capture_disks(id, volumes).await
+    }
+
+    /// Makes what was captured a snapshot, durably and all at once, and its memory what the sandbox runs on. The same
+    /// snapshot again: nothing to do. Off the path, its hash tree is computed.
+    async fn commit_capture(&self, id: String, spec: SnapshotSpec) -> Result<SnapshotInfo> {
+        self.0.commit_capture(id, spec).await
+    }
+
+    /// Removes what an unfinished capture left. Idempotent.
+    async fn abort_capture(&self, id: String) -> Result<()> {
+        self.0.abort_capture(id).await
+    }
+
+    /// Makes another snapshot with the same contents: a tenant's snapshot of a hibernated sandbox. The volumes that `spec`
+    /// names and `from` does not contain are cloned as they are.
+    async fn copy_snapshot(&self, from: String, spec: SnapshotSpec) -> Result<SnapshotInfo> {
+        self.0.copy_snapshot(from, spec).await
+    }
+
+    /// Fills a prepared directory from a snapshot: memory and state linked, disks (and its clones of volumes) reflinked.
+    /// `WrongState` with a sentence when it cannot be restored here. Idempotent.
+    async fn fill_snapshot(&self, id: String, snapshot: String) -> Result<()> {
+        self.0.fill_snapshot(id, snapshot).await
+    }
+
+    /// Tenants' snapshots of a workspace, newest first; for the empty name every capture of whatever purpose.
+    async fn snapshots(&self, workspace: String) -> Result<Vec<SnapshotInfo>> {
+        self.0.snapshots(workspace).await
+    }
+
+    /// One snapshot of whatever purpose.
+    async fn snapshot(&self, snapshot: String) -> Result<SnapshotInfo> {
+        self.0.snapshot(snapshot).await
+    }
+
+    /// Deletes a snapshot; what was made from it is not concerned. Answers whether it was there.
+    async fn delete_snapshot(&self, snapshot: String) -> Result<bool> {
+        self.0.delete_snapshot(snapshot).await
+    }
+
+    /// Makes a volume with an empty file system. `Exists` when the name is taken; `NoSpace`.
+    async fn create_volume(&self, workspace: String, name: String, size_mib: u64) -> Result<VolumeInfo> {
+        self.0.create_volume(workspace, name, size_mib).await
+    }
+
+    /// The volumes of a workspace by name; of all workspaces for the empty name.
+    async fn volumes(&self, workspace: String) -> Result<Vec<VolumeInfo>> {
+        self.0.volumes(workspace).await
+    }
+
+    /// One volume.
+    async fn volume(&self, workspace: String, name: String) -> Result<VolumeInfo> {
+        self.0.volume(workspace, name).await
+    }
+
+    /// Deletes a volume. `WrongState` while a sandbox holds it. Answers whether it was there.
+    async fn delete_volume(&self, workspace: String, name: String) -> Result<bool> {
+        self.0.delete_volume(workspace, name).await
+    }
+
+    /// Makes a volume larger; a guest sees it at its next mount. `WrongState` while a sandbox holds it, `InvalidArgument`
+    /// when it would shrink.
+    async fn grow_volume(&self, workspace: String, name: String, size_mib: u64) -> Result<VolumeInfo> {
+        self.0.grow_volume(workspace, name, size_mib).await
+    }
+
+    /// Records durably that a sandbox has these volumes, all or none: many readers, or one writer. `WrongState` names the
+    /// volume that somebody else has; `InvalidArgument` when there are more than four of a kind. Idempotent.
+    async fn hold_volumes(&self, sandbox: String, workspace: String, volumes: Vec<VolumeUse>) -> Result<()> {
+        self.0.hold_volumes(sandbox, workspace, volumes).await
+    }
+
+    /// Records that a sandbox has no volumes any more. Idempotent.
+    async fn drop_volumes(&self, sandbox: String) -> Result<()> {
+        self.0.drop_volumes(sandbox).await
+    }
+
+    /// Puts volumes that `sandbox` holds in the place of the placeholder drives in the directory `id`, before the load: the
+    /// n-th writable one as `w<n>.img`, the n-th read-only one as `r<n>.img`, counted from 0 in the order given.
+    async fn insert_volumes(
+        &self,
+        id: String,
+        sandbox: String,
+        workspace: String,
+        volumes: Vec<VolumeUse>,
+    ) -> Result<()> {
+        self.0.insert_volumes(id, sandbox, workspace, volumes).await
     }
 
     /// Every sandbox directory that exists, for reconciliation.

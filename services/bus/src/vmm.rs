@@ -5,7 +5,10 @@ use std::{collections::BTreeMap, future::Future, os::fd::OwnedFd as StdFd, sync:
 use serde::{Deserialize, Serialize};
 use zbus::{OwnedFd, Type, interface, object_server::SignalEmitter};
 
-use crate::{Error, Result};
+use crate::{
+    Error, Result,
+    storage::{SnapshotInfo, VolumeUse},
+};
 
 /// Well-known name of the daemon.
 pub const NAME: &str = "ai.pandastack.vmm1";
@@ -27,6 +30,56 @@ pub struct SandboxSpec {
     pub persistent: bool,
     /// Size of the root disk in MiB; 0 means the template's.
     pub disk_mib: u64,
+    /// Snapshot of the same workspace to start from; empty: the template's own. Its template and sizes win.
+    pub snapshot: String,
+    /// Volumes of the same workspace, in the order of their devices. Not together with a snapshot.
+    pub volumes: Vec<VolumeUse>,
+}
+
+/// What a fork makes: one child.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, Type)]
+pub struct Child {
+    /// Its labels; the parent's are not copied.
+    pub metadata: BTreeMap<String, String>,
+    /// Seconds without a request after which it is deleted. At least 1.
+    pub ttl_seconds: u64,
+    /// Exempt from the idle limit.
+    pub persistent: bool,
+}
+
+/// What became of one child.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, Type)]
+pub struct Birth {
+    /// Its id; empty when it could not be made.
+    pub id: String,
+    /// Why it could not be made; empty otherwise. Nothing of it is left then.
+    pub error: String,
+}
+
+/// What became of a fork.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, Type)]
+pub struct Fork {
+    /// Names the capture that all children came from. Nobody can use it any more.
+    pub snapshot: String,
+    /// When that was, Unix milliseconds.
+    pub unix_ms: u64,
+    /// How long the parent's processors stood still, microseconds.
+    pub paused_us: u64,
+    /// In the order asked for. At least one was made.
+    pub children: Vec<Birth>,
+}
+
+/// A volume as a sandbox sees it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, Type)]
+pub struct Mount {
+    /// Its name.
+    pub name: String,
+    /// Where the guest has it.
+    pub path: String,
+    /// Writes are refused by the host.
+    pub read_only: bool,
+    /// The sandbox's own clone, which ends with it: that of a fork's or a snapshot's child.
+    pub private: bool,
 }
 
 /// Where a sandbox is in its life. The text form is the API's.
@@ -77,7 +130,8 @@ pub struct SandboxInfo {
     pub persistent: bool,
     /// Outside IPv4 address; empty while it has none.
     pub guest_ip: String,
-    /// `snapshot` for a restored guest, `cold` for one that was booted again after a power cut.
+    /// `snapshot` for a restored guest, `fork` for a child of a fork, `wake` for one that was woken, `cold` for one that was
+    /// booted again after a power cut.
     pub boot_mode: String,
     /// Milliseconds from accepting the request to the guest's first answer.
     pub boot_ms: u64,
@@ -85,6 +139,14 @@ pub struct SandboxInfo {
     pub created_unix_ms: u64,
     /// Counts every change of this sandbox.
     pub generation: u64,
+    /// Snapshot that it was created from; empty otherwise.
+    pub snapshot: String,
+    /// Sandbox that it was forked from; empty otherwise.
+    pub parent: String,
+    /// Unit instance that runs it: its own id until it is woken for the first time. Empty while none does.
+    pub machine: String,
+    /// Volumes it has.
+    pub mounts: Vec<Mount>,
 }
 
 /// What is left to give away.
@@ -140,7 +202,26 @@ pub trait VmmBackend: Send + Sync + 'static {
     /// See [`Vmm`].
     fn touch(&self, ids: Vec<String>) -> impl Future<Output = Result<()>> + Send;
     /// See [`Vmm`].
-    fn open_agent(&self, id: String) -> impl Future<Output = Result<StdFd>> + Send;
+    fn open_agent(&self, id: String, wake: bool) -> impl Future<Output = Result<StdFd>> + Send;
+    /// See [`Vmm`].
+    fn pause(&self, id: String) -> impl Future<Output = Result<SandboxInfo>> + Send;
+    /// See [`Vmm`].
+    fn resume(&self, id: String) -> impl Future<Output = Result<SandboxInfo>> + Send;
+    /// See [`Vmm`].
+    fn hibernate(&self, id: String) -> impl Future<Output = Result<SandboxInfo>> + Send;
+    /// See [`Vmm`].
+    fn wake(&self, id: String) -> impl Future<Output = Result<SandboxInfo>> + Send;
+    /// See [`Vmm`].
+    fn hibernate_all(&self) -> impl Future<Output = Result<Vec<String>>> + Send;
+    /// See [`Vmm`].
+    fn snapshot(&self, id: String, snapshot: String) -> impl Future<Output = Result<SnapshotInfo>> + Send;
+    /// See [`Vmm`].
+    fn fork(
+        &self,
+        request: String,
+        id: String,
+        children: Vec<Child>,
+    ) -> impl Future<Output = Result<Fork>> + Send;
     /// See [`Vmm`].
     fn events(&self, id: String) -> impl Future<Output = Result<Vec<Event>>> + Send;
     /// See [`Vmm`].
@@ -194,9 +275,53 @@ impl<B: VmmBackend> Vmm<B> {
         self.0.touch(ids).await
     }
 
-    /// A connected stream to the guest's agent, nothing spoken on it yet. Counts as activity.
-    async fn open_agent(&self, id: String) -> Result<OwnedFd> {
-        Ok(self.0.open_agent(id).await?.into())
+    /// A connected stream to the guest's agent, nothing spoken on it yet. Counts as activity. A hibernated sandbox is woken
+    /// first if `wake` says so, once for however many callers; otherwise, and while it is paused, `WrongState`.
+    async fn open_agent(&self, id: String, wake: bool) -> Result<OwnedFd> {
+        Ok(self.0.open_agent(id, wake).await?.into())
+    }
+
+    /// Stops the processors; memory is kept, the process stays. Paused already: nothing to do. `WrongState` otherwise.
+    async fn pause(&self, id: String) -> Result<SandboxInfo> {
+        self.0.pause(id).await
+    }
+
+    /// Lets the processors of a paused sandbox go on. Running already: nothing to do. `WrongState` otherwise.
+    async fn resume(&self, id: String) -> Result<SandboxInfo> {
+        self.0.resume(id).await
+    }
+
+    /// Puts memory and disk onto storage and ends the process. Hibernated already: nothing to do. `WrongState` while it is
+    /// neither running nor paused. When it fails, the sandbox is as before.
+    async fn hibernate(&self, id: String) -> Result<SandboxInfo> {
+        self.0.hibernate(id).await
+    }
+
+    /// Brings a hibernated sandbox back, once for however many callers. Running already: nothing to do. When it fails, it
+    /// stays hibernated. `WrongState` while it is paused.
+    async fn wake(&self, id: String) -> Result<SandboxInfo> {
+        self.0.wake(id).await
+    }
+
+    /// Hibernates every persistent sandbox that runs, some at a time; for a clean shutdown. Slots are taken down, and no
+    /// creates are taken any more. Answers one sentence for each that could not be hibernated. May take minutes.
+    async fn hibernate_all(&self) -> Result<Vec<String>> {
+        self.0.hibernate_all().await
+    }
+
+    /// Captures memory and disks at one point in time, durably; the sandbox runs on. `snapshot` is the new snapshot's id,
+    /// chosen by the caller (as for [`crate::SandboxId`]): the same one again waits for, and answers with, the same
+    /// snapshot, so that a caller whose patience ended may repeat it. A hibernated sandbox stays so and its image is
+    /// taken. A paused one stays paused.
+    async fn snapshot(&self, id: String, snapshot: String) -> Result<SnapshotInfo> {
+        self.0.snapshot(id, snapshot).await
+    }
+
+    /// Captures a sandbox once and makes children of it side by side, each unique, with memory and disk of that moment; the
+    /// parent runs on. 1 to 16 children. The same request answers with the same children; an empty one is never
+    /// remembered. Fails as a whole, with nothing left, when no child could be made.
+    async fn fork(&self, request: String, id: String, children: Vec<Child>) -> Result<Fork> {
+        self.0.fork(request, id, children).await
     }
 
     /// What happened to a sandbox, oldest first, a bounded number.

@@ -40,7 +40,33 @@ impl vmm::VmmBackend for Nobody {
     fn touch(&self, _: Vec<String>) -> impl Future<Output = Result<()>> + Send {
         no()
     }
-    fn open_agent(&self, _: String) -> impl Future<Output = Result<OwnedFd>> + Send {
+    fn open_agent(&self, _: String, _: bool) -> impl Future<Output = Result<OwnedFd>> + Send {
+        no()
+    }
+    fn pause(&self, _: String) -> impl Future<Output = Result<vmm::SandboxInfo>> + Send {
+        no()
+    }
+    fn resume(&self, _: String) -> impl Future<Output = Result<vmm::SandboxInfo>> + Send {
+        no()
+    }
+    fn hibernate(&self, _: String) -> impl Future<Output = Result<vmm::SandboxInfo>> + Send {
+        no()
+    }
+    fn wake(&self, _: String) -> impl Future<Output = Result<vmm::SandboxInfo>> + Send {
+        no()
+    }
+    fn hibernate_all(&self) -> impl Future<Output = Result<Vec<String>>> + Send {
+        no()
+    }
+    fn snapshot(&self, _: String, _: String) -> impl Future<Output = Result<storage::SnapshotInfo>> + Send {
+        no()
+    }
+    fn fork(
+        &self,
+        _: String,
+        _: String,
+        _: Vec<vmm::Child>,
+    ) -> impl Future<Output = Result<vmm::Fork>> + Send {
         no()
     }
     fn events(&self, _: String) -> impl Future<Output = Result<Vec<vmm::Event>>> + Send {
@@ -86,6 +112,86 @@ impl storage::StorageBackend for Nobody {
         no()
     }
     fn release(&self, _: String) -> impl Future<Output = Result<bool>> + Send {
+        no()
+    }
+    fn begin_capture(&self, _: String) -> impl Future<Output = Result<storage::CaptureKind>> + Send {
+        no()
+    }
+    fn capture_disks(&self, _: String, _: bool) -> impl Future<Output = Result<()>> + Send {
+        no()
+    }
+    fn commit_capture(
+        &self,
+        _: String,
+        _: storage::SnapshotSpec,
+    ) -> impl Future<Output = Result<storage::SnapshotInfo>> + Send {
+        no()
+    }
+    fn abort_capture(&self, _: String) -> impl Future<Output = Result<()>> + Send {
+        no()
+    }
+    fn copy_snapshot(
+        &self,
+        _: String,
+        _: storage::SnapshotSpec,
+    ) -> impl Future<Output = Result<storage::SnapshotInfo>> + Send {
+        no()
+    }
+    fn fill_snapshot(&self, _: String, _: String) -> impl Future<Output = Result<()>> + Send {
+        no()
+    }
+    fn snapshots(&self, _: String) -> impl Future<Output = Result<Vec<storage::SnapshotInfo>>> + Send {
+        no()
+    }
+    fn snapshot(&self, _: String) -> impl Future<Output = Result<storage::SnapshotInfo>> + Send {
+        no()
+    }
+    fn delete_snapshot(&self, _: String) -> impl Future<Output = Result<bool>> + Send {
+        no()
+    }
+    fn create_volume(
+        &self,
+        _: String,
+        _: String,
+        _: u64,
+    ) -> impl Future<Output = Result<storage::VolumeInfo>> + Send {
+        no()
+    }
+    fn volumes(&self, _: String) -> impl Future<Output = Result<Vec<storage::VolumeInfo>>> + Send {
+        no()
+    }
+    fn volume(&self, _: String, _: String) -> impl Future<Output = Result<storage::VolumeInfo>> + Send {
+        no()
+    }
+    fn delete_volume(&self, _: String, _: String) -> impl Future<Output = Result<bool>> + Send {
+        no()
+    }
+    fn grow_volume(
+        &self,
+        _: String,
+        _: String,
+        _: u64,
+    ) -> impl Future<Output = Result<storage::VolumeInfo>> + Send {
+        no()
+    }
+    fn hold_volumes(
+        &self,
+        _: String,
+        _: String,
+        _: Vec<storage::VolumeUse>,
+    ) -> impl Future<Output = Result<()>> + Send {
+        no()
+    }
+    fn drop_volumes(&self, _: String) -> impl Future<Output = Result<()>> + Send {
+        no()
+    }
+    fn insert_volumes(
+        &self,
+        _: String,
+        _: String,
+        _: String,
+        _: Vec<storage::VolumeUse>,
+    ) -> impl Future<Output = Result<()>> + Send {
         no()
     }
     fn owners(&self) -> impl Future<Output = Result<Vec<storage::Owner>>> + Send {
