@@ -17,6 +17,8 @@ use pandastack_storage::{Manager, StorageError};
 const A: &str = "aaaaaaaaaaaaaaaaaaaa";
 const B: &str = "bbbbbbbbbbbbbbbbbbbb";
 const C: &str = "cccccccccccccccccccc";
+/// Names in a prepared directory: the program, the sockets, eight drives.
+const PREPARED: usize = 10;
 
 fn inode(path: &Path) -> u64 {
     fs::symlink_metadata(path).unwrap().ino()
@@ -102,7 +104,15 @@ async fn a_prepared_directory_gives_firecracker_what_it_needs_and_no_more() {
     assert_eq!(access(&folder.join("s")), (0o770, GROUP));
     assert_eq!(access(&folder.join("firecracker")), (0o550, GROUP));
     assert_eq!(access(folder.parent().unwrap()), (0o710, GROUP));
-    assert_eq!(list(&folder).len(), 2);
+    for name in ["w0.img", "w1.img", "w2.img", "w3.img"] {
+        assert_eq!(access(&folder.join(name)), (0o660, GROUP), "{name}");
+        assert_eq!(fs::metadata(folder.join(name)).unwrap().len(), 1 << 20);
+    }
+    for name in ["r0.img", "r1.img", "r2.img", "r3.img"] {
+        assert_eq!(access(&folder.join(name)), (0o440, GROUP), "{name}");
+        assert_eq!(inode(&folder.join(name)), inode(&disk.state.join("zero.img")));
+    }
+    assert_eq!(list(&folder).len(), PREPARED);
     assert_eq!(manager.owners().await.unwrap()[0].id, A);
 }
 
@@ -170,7 +180,7 @@ async fn a_disk_grows_and_never_shrinks() {
         let refused = manager.fill(B.into(), "base".into(), Fill::Baked, mib).await;
         assert!(matches!(refused, Err(Error::InvalidArgument(_))), "{mib}: {refused:?}");
     }
-    assert_eq!(list(&disk.sandbox(B)).len(), 2, "nothing was made");
+    assert_eq!(list(&disk.sandbox(B)).len(), PREPARED, "nothing was made");
 
     manager.fill(B.into(), "base".into(), Fill::Baked, DISK_MIB * 2).await.unwrap();
     assert_eq!(fs::metadata(disk.sandbox(B).join("root.img")).unwrap().len(), DISK_MIB << 21);
@@ -333,7 +343,7 @@ async fn below_the_reserve_nothing_is_made_and_everything_can_be_released() {
     let refused = manager.fill(A.into(), "base".into(), Fill::Pristine, 0).await;
     assert!(matches!(refused, Err(Error::NoSpace(_))), "{refused:?}");
     assert!(matches!(manager.prepare_capture(A.into()).await, Err(Error::NoSpace(_))));
-    assert_eq!(list(&disk.sandbox(A)).len(), 2);
+    assert_eq!(list(&disk.sandbox(A)).len(), PREPARED);
     assert!(manager.release(A.into()).await.unwrap());
     assert!(!manager.release(A.into()).await.unwrap());
 }
