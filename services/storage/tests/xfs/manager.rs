@@ -3,11 +3,10 @@
 use std::{
     fs,
     io::Write,
-    os::unix::fs::{FileExt, MetadataExt, PermissionsExt, symlink},
-    path::Path,
+    os::unix::fs::{FileExt, MetadataExt, symlink},
 };
 
-use super::disk::{DISK_MIB, Disk, GROUP, list, state_of};
+use super::disk::{DISK_MIB, Disk, GROUP, PREPARED, access, fill_up, inode, list, state_of};
 use pandastack_bus::{
     Error,
     storage::{Fill, StorageBackend as _, TemplateState},
@@ -17,17 +16,6 @@ use pandastack_storage::{Manager, StorageError};
 const A: &str = "aaaaaaaaaaaaaaaaaaaa";
 const B: &str = "bbbbbbbbbbbbbbbbbbbb";
 const C: &str = "cccccccccccccccccccc";
-/// Names in a prepared directory: the program, the sockets, eight drives.
-const PREPARED: usize = 10;
-
-fn inode(path: &Path) -> u64 {
-    fs::symlink_metadata(path).unwrap().ino()
-}
-
-fn access(path: &Path) -> (u32, u32) {
-    let found = fs::symlink_metadata(path).unwrap();
-    (found.permissions().mode() & 0o7777, found.gid())
-}
 
 #[tokio::test]
 async fn a_template_is_imported_once_and_again_when_its_disk_changes() {
@@ -336,9 +324,7 @@ async fn below_the_reserve_nothing_is_made_and_everything_can_be_released() {
     manager.prepare(A.into()).await.unwrap();
     let usage = manager.usage().await.unwrap();
     assert_eq!(usage.reserve_bytes, 2 << 30);
-    let ballast = fs::File::create(disk.state.join("../ballast")).unwrap();
-    let length = i64::try_from(usage.free_bytes - usage.reserve_bytes + (64 << 20)).unwrap();
-    nix::fcntl::fallocate(&ballast, nix::fcntl::FallocateFlags::empty(), 0, length).unwrap();
+    let _ballast = fill_up(&disk, &usage);
 
     let refused = manager.fill(A.into(), "base".into(), Fill::Pristine, 0).await;
     assert!(matches!(refused, Err(Error::NoSpace(_))), "{refused:?}");
