@@ -80,13 +80,16 @@ pub fn place_all(place: &Place, folder: &Path) -> Result<()> {
 /// # Errors
 /// One cannot be replaced.
 pub fn reset(place: &Place, folder: &Path) -> Result<()> {
+    let mut fresh = true;
     for name in layout::drives() {
         let path = folder.join(name);
         if !fs::symlink_metadata(&path).is_ok_and(|found| is_placeholder(&found)) {
             unlink(&path)?;
+            fresh = false;
         }
     }
-    place_all(place, folder)
+    // As a rule: this is on the path of every create.
+    if fresh { Ok(()) } else { place_all(place, folder) }
 }
 
 /// Whether this is as good as a fresh placeholder: of its size and without a block. One that a guest scribbled on is

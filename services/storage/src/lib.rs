@@ -4,7 +4,7 @@
 //! Refuses to know: what runs in a sandbox, who asked for it, units, networks. It calls nobody.
 //!
 //! Pure: [`template`], [`progress`], [`gc`], [`ext4`], [`identity`], [`layout`], [`mac`], [`hold`]. Effects: [`place`], [`artefact`],
-//! [`import`], [`bake`], [`drive`], [`sandbox`], [`capture`], [`snapshot`], [`volume`], [`mkfs`]. [`manager`] and [`backend`]
+//! [`import`], [`bake`], [`drive`], [`sandbox`], [`capture`], [`snapshot`], [`hashes`], [`volume`], [`mkfs`]. [`manager`] and [`backend`]
 //! put them behind the bus interface, [`serve`] on the bus.
 
 pub mod artefact;
@@ -16,6 +16,7 @@ pub mod drive;
 pub mod error;
 pub mod ext4;
 pub mod gc;
+pub mod hashes;
 pub mod hold;
 pub mod identity;
 pub mod import;

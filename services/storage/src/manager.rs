@@ -4,7 +4,15 @@
 //! It refuses to know why anybody wants a sandbox. How far a template is follows from what is on disk; only the
 //! reason of a failure is held in memory, so that a restart tries again.
 
-use std::{collections::BTreeMap, path::PathBuf, sync::Arc, time::Duration};
+use std::{
+    collections::BTreeMap,
+    path::PathBuf,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
 
 use nix::unistd::Gid;
 use pandastack_bus::{self as bus, SandboxId, storage::TemplateState};
@@ -30,6 +38,9 @@ use crate::{
 
 /// Seconds after which a failed import is tried again.
 const RETRY: Duration = Duration::from_secs(60);
+
+/// How long the work that nobody waits for rests, in multiples of its own time: the unit may not lower its priority.
+const REST: u32 = 3;
 
 /// Where everything is and whose.
 #[derive(Debug, Clone)]
@@ -118,6 +129,40 @@ impl Manager {
                 Err(error) => tracing::error!("import: {}", chain(&error)),
             }
             tokio::time::sleep(RETRY).await;
+        }
+    }
+
+    /// Computes the hash trees that are missing, one after the other, for ever.
+    pub async fn keep_hashed(&self) {
+        loop {
+            self.hash_missing().await;
+            self.inner.snapshots.news().await;
+        }
+    }
+
+    /// Computes the hash trees that are missing. One that fails is tried again after the next snapshot. Dropped, it ends
+    /// soon.
+    pub async fn hash_missing(&self) {
+        /// Says so to the thread that computes.
+        struct Ended(Arc<AtomicBool>);
+        impl Drop for Ended {
+            fn drop(&mut self) {
+                self.0.store(true, Ordering::Relaxed);
+            }
+        }
+        let ended = Ended(Arc::default());
+        for snapshot in self.inner.snapshots.unhashed(&self.inner.place.layout) {
+            let (inner, flag) = (Arc::clone(&self.inner), Arc::clone(&ended.0));
+            let id = snapshot.id().clone();
+            let outcome = blocking(move || {
+                inner.snapshots.hash(&inner.place.layout, &snapshot, |took| {
+                    std::thread::sleep(took * REST);
+                    !flag.load(Ordering::Relaxed)
+                })
+            });
+            if let Err(error) = outcome.await {
+                tracing::error!(snapshot = %id, "hash tree: {}", chain(&error));
+            }
         }
     }
 

@@ -6,10 +6,11 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    fs,
+    fs, io,
     os::unix::fs::MetadataExt,
     path::Path,
     sync::{Arc, OnceLock, PoisonError, RwLock},
+    time::Duration,
 };
 
 use nix::unistd::geteuid;
@@ -17,26 +18,28 @@ use pandastack_bus::{SandboxId, storage::*};
 use pandastack_daemon::{chain, files};
 use pandastack_protocol::{PROTOCOL, PROTOCOL_OLDEST};
 use serde::{Deserialize, Serialize};
+use tokio::sync::Notify;
 
 use crate::{
     artefact,
     bake::now_unix_ms,
     capture, drive,
     error::{At, Result, StorageError},
+    hashes,
     identity::Digest,
     layout::{self, Layout},
     mac::Signer,
-    place::{Place, Staged, children, clone_file, remove_tree},
+    place::{Place, Staged, children, clone_file, exists, remove_tree},
     sandbox::{self, Content},
     volume::Volumes,
 };
 
 /// What a snapshot holds, and what it needs.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct Manifest {
+struct Manifest {
     version: u32,
     /// What its maker said.
-    pub spec: SnapshotSpec,
+    spec: SnapshotSpec,
     created_unix_ms: u64,
     /// The processor that it was made on.
     processor: Digest,
@@ -47,7 +50,7 @@ pub struct Manifest {
     /// Digest of the machine's state.
     state: Digest,
     /// Its files, each with its length in bytes.
-    pub files: BTreeMap<String, u64>,
+    files: BTreeMap<String, u64>,
 }
 
 /// A snapshot in the index.
@@ -70,6 +73,8 @@ pub struct Snapshots {
     index: RwLock<BTreeMap<SandboxId, Arc<Snapshot>>>,
     signer: Signer,
     processor: Digest,
+    /// A snapshot was made.
+    news: Notify,
 }
 
 const VERSION: u32 = 1;
@@ -82,7 +87,7 @@ impl Snapshots {
     /// # Errors
     /// The folder cannot be read. One that is damaged is no error.
     pub fn open(layout: &Layout, signer: Signer, processor: Digest) -> Result<Self> {
-        let all = Self { index: RwLock::default(), signer, processor };
+        let all = Self { index: RwLock::default(), signer, processor, news: Notify::new() };
         let ids = children(&layout.snapshots())?.into_iter();
         for id in ids.filter_map(|path| path.file_name()?.to_str()?.parse::<SandboxId>().ok()) {
             let found = all.read(layout, &id);
@@ -232,6 +237,50 @@ impl Snapshots {
         if failures.is_empty() { Ok(true) } else { Err(StorageError::Incomplete(failures)) }
     }
 
+    /// Completes when a snapshot was made since the last time.
+    pub async fn news(&self) {
+        self.news.notified().await;
+    }
+
+    /// Tenants' snapshots whose hash tree is not there.
+    pub fn unhashed(&self, layout: &Layout) -> Vec<Arc<Snapshot>> {
+        let mut all = self.all();
+        all.retain(|found| {
+            let tenant = |manifest: &Manifest| manifest.spec.purpose == Purpose::Snapshot;
+            found.unusable.is_empty()
+                && found.manifest.as_ref().is_some_and(tenant)
+                && !exists(&layout.snapshot(&found.id).join(layout::HASHES))
+        });
+        all
+    }
+
+    /// Computes the hash tree of one, durably, and gives up when it goes meanwhile. See [`hashes::compute`] for `rest`.
+    ///
+    /// # Errors
+    /// A file cannot be read.
+    pub fn hash(
+        &self,
+        layout: &Layout,
+        found: &Snapshot,
+        mut rest: impl FnMut(Duration) -> bool,
+    ) -> Result<()> {
+        let Some(manifest) = &found.manifest else { return Ok(()) };
+        let folder = layout.snapshot(&found.id);
+        // The state has a digest in the manifest.
+        let names = manifest.files.keys().map(String::as_str).filter(|name| *name != layout::STATE);
+        let goes_on = |took| rest(took) && found.stay().is_ok();
+        let computed = hashes::compute(found.id.as_str(), &folder, names, goes_on);
+        let Ok(_stays) = found.stay() else { return Ok(()) };
+        match computed {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => Ok(()),
+            computed => {
+                let path = folder.join(layout::HASHES);
+                let document = self.signer.sign(hashes::KIND, &computed.at(&folder)?).at(&path)?;
+                files::write_atomic(&path, &document, 0o600).at(&path)
+            }
+        }
+    }
+
     fn all(&self) -> Vec<Arc<Snapshot>> {
         self.index.read().unwrap_or_else(PoisonError::into_inner).values().cloned().collect()
     }
@@ -268,14 +317,16 @@ impl Snapshots {
         files::write_atomic(&path, &document, 0o600).at(&path)?;
         let target = place.layout.snapshot(id);
         staged.commit(&target)?;
-        Ok(self.insert(Snapshot {
+        let made = self.insert(Snapshot {
             id: id.clone(),
             size_bytes: blocks(&target),
             manifest: Some(manifest),
             unusable: String::new(),
             state_whole: OnceLock::from(true),
             gone: RwLock::new(false),
-        }))
+        });
+        self.news.notify_one();
+        Ok(made)
     }
 
     fn read(&self, layout: &Layout, id: &SandboxId) -> Snapshot {
@@ -302,7 +353,7 @@ impl Snapshots {
 
     fn read_manifest(&self, folder: &Path) -> Result<(Manifest, bool)> {
         let path = folder.join(layout::MANIFEST);
-        let missing = || std::io::Error::from(std::io::ErrorKind::NotFound);
+        let missing = || io::Error::from(io::ErrorKind::NotFound);
         let bytes =
             files::read_limited(&path, LIMIT).and_then(|bytes| bytes.ok_or_else(missing)).at(&path)?;
         self.signer.read(KIND, &bytes).at(&path)
@@ -345,6 +396,11 @@ impl Snapshots {
 }
 
 impl Snapshot {
+    /// Its id.
+    pub fn id(&self) -> &SandboxId {
+        &self.id
+    }
+
     /// What the bus is told.
     pub fn info(&self) -> SnapshotInfo {
         let unusable = match self.state_whole.get() {

@@ -11,7 +11,7 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     fs::{self, OpenOptions},
     os::unix::fs::{MetadataExt, OpenOptionsExt},
-    path::PathBuf,
+    path::{Path, PathBuf},
     sync::{Mutex, MutexGuard, PoisonError},
 };
 
@@ -85,7 +85,7 @@ impl Volumes {
                 continue;
             };
             files::remove_leftovers(&folder).at(&folder)?;
-            match read::<Manifest>(folder.join(layout::MANIFEST)) {
+            match read::<Manifest>(&folder.join(layout::MANIFEST)) {
                 Ok(manifest) if manifest.version == VERSION => {
                     let key = (manifest.workspace.clone(), manifest.name.clone());
                     index.volumes.insert(key, Volume { id, manifest });
@@ -100,7 +100,7 @@ impl Volumes {
             else {
                 continue;
             };
-            match read::<Hold>(path) {
+            match read::<Hold>(&path) {
                 Ok(hold) => index.holds.insert(sandbox, hold),
                 Err(error) => tracing::error!(%sandbox, "its volumes are not known: {}", chain(&error)),
             }
@@ -398,8 +398,8 @@ fn check(workspace: &str, name: &str, size_mib: u64) -> Result<()> {
     Ok(())
 }
 
-fn read<T: serde::de::DeserializeOwned>(path: PathBuf) -> Result<T> {
+fn read<T: serde::de::DeserializeOwned>(path: &Path) -> Result<T> {
     let missing = || std::io::Error::from(std::io::ErrorKind::NotFound);
-    let bytes = files::read_limited(&path, LIMIT).and_then(|bytes| bytes.ok_or_else(missing)).at(&path)?;
-    serde_json::from_slice(&bytes).map_err(std::io::Error::from).at(&path)
+    let bytes = files::read_limited(path, LIMIT).and_then(|bytes| bytes.ok_or_else(missing)).at(path)?;
+    serde_json::from_slice(&bytes).map_err(std::io::Error::from).at(path)
 }

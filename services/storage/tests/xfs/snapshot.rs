@@ -7,7 +7,14 @@ use pandastack_bus::{
     Error, SandboxId,
     storage::{Fill, Purpose, SnapshotSpec, StorageBackend as _},
 };
-use pandastack_storage::{Manager, identity::Digest, layout::Layout, mac::Signer, snapshot::Snapshots};
+use pandastack_storage::{
+    Manager,
+    hashes::{self, Hashes},
+    identity::Digest,
+    layout::Layout,
+    mac::Signer,
+    snapshot::Snapshots,
+};
 
 const M: &str = "mmmmmmmmmmmmmmmmmmmm";
 const N: &str = "nnnnnnnnnnnnnnnnnnnn";
@@ -228,6 +235,34 @@ async fn a_copy_has_the_volumes_that_its_source_left_where_they_were() {
     let absent = manager.copy_snapshot(ONE.into(), SnapshotSpec { id: THREE.into(), ..copy }).await;
     assert!(matches!(absent, Err(Error::NotFound(_))), "{absent:?}");
     assert!(list(&disk.state.join("staging")).is_empty());
+}
+
+#[tokio::test]
+async fn a_tenants_snapshot_gets_a_hash_tree_that_is_ours() {
+    let Some(disk) = Disk::mount(&[]) else { return };
+    let manager = disk.open_imported().await;
+    disk.restored(&manager, M).await;
+    for (id, purpose) in [(ONE, Purpose::Snapshot), (TWO, Purpose::Fork)] {
+        disk.capture(&manager, M, b'x', spec(id, purpose)).await;
+    }
+    let copy = spec(THREE, Purpose::Snapshot);
+    manager.copy_snapshot(ONE.into(), copy).await.unwrap();
+
+    // A restart loses none of them.
+    disk.open().hash_missing().await;
+
+    let signer = Signer::open(&Layout::new(&disk.state).manifest_key()).unwrap();
+    let read = |id: &str| -> (Hashes, bool) {
+        signer.read(hashes::KIND, &fs::read(disk.snapshot(id).join("hashes.json")).unwrap()).unwrap()
+    };
+    let (found, authentic) = read(ONE);
+    assert!(authentic);
+    assert_eq!((found.snapshot.as_str(), found.files.len()), (ONE, 2), "memory and root disk");
+    assert_eq!(found.root, read(THREE).0.root, "the same contents");
+    assert!(!disk.snapshot(TWO).join("hashes.json").exists());
+    assert_eq!(unusable(&disk, &disk.open(), ONE).await, "");
+    assert!(manager.delete_snapshot(ONE.into()).await.unwrap());
+    assert!(list(&disk.state.join("trash")).is_empty());
 }
 
 #[tokio::test(flavor = "multi_thread")]
