@@ -99,7 +99,7 @@ pub fn present(layout: &Layout, name: &TemplateName, key: &Key) -> bool {
 /// [`publish`] then only has to rename. The sandbox keeps its links but can no longer write to them.
 ///
 /// # Errors
-/// [`StorageError::WrongState`] when the capture is not complete.
+/// [`crate::StorageError::WrongState`] when the capture is not complete.
 pub fn collect(place: &Place, sandbox: &Path, key: &Key) -> Result<Staged> {
     let staged = place.stage("bake")?;
     for name in FILES {

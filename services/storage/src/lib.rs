@@ -3,9 +3,9 @@
 //! Owns: the state directory (see [`layout`]), and with it every file that a sandbox sees as `/vm`.
 //! Refuses to know: what runs in a sandbox, who asked for it, units, networks. It calls nobody.
 //!
-//! Pure: [`template`], [`progress`], [`gc`], [`ext4`], [`identity`], [`layout`], [`mac`], [`hold`]. Effects: [`place`], [`artefact`],
-//! [`import`], [`bake`], [`drive`], [`sandbox`], [`capture`], [`snapshot`], [`hashes`], [`volume`], [`mkfs`]. [`manager`] and [`backend`]
-//! put them behind the bus interface, [`serve`] on the bus.
+//! Pure: [`template`], [`progress`], [`gc`], [`ext4`], [`identity`], [`layout`], [`mac`], [`hold`]. Effects: [`place`],
+//! [`artefact`], [`import`], [`bake`], [`drive`], [`sandbox`], [`capture`], [`manifest`], [`snapshot`], [`hashes`],
+//! [`mkfs`], [`volume`]. [`manager`], [`templates`] and [`backend`] put them behind the bus interface, [`serve`] on the bus.
 
 pub mod artefact;
 pub mod backend;
@@ -24,6 +24,7 @@ pub mod keyed;
 pub mod layout;
 pub mod mac;
 pub mod manager;
+pub mod manifest;
 pub mod mkfs;
 pub mod place;
 pub mod progress;

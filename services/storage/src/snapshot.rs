@@ -13,11 +13,8 @@ use std::{
     time::Duration,
 };
 
-use nix::unistd::geteuid;
 use pandastack_bus::{SandboxId, storage::*};
 use pandastack_daemon::{chain, files};
-use pandastack_protocol::{PROTOCOL, PROTOCOL_OLDEST};
-use serde::{Deserialize, Serialize};
 use tokio::sync::Notify;
 
 use crate::{
@@ -29,29 +26,11 @@ use crate::{
     identity::Digest,
     layout::{self, Layout},
     mac::Signer,
+    manifest::{Manifest, check},
     place::{Place, Staged, children, clone_file, exists, remove_tree},
     sandbox::{self, Content},
     volume::Volumes,
 };
-
-/// What a snapshot holds, and what it needs.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-struct Manifest {
-    version: u32,
-    /// What its maker said.
-    spec: SnapshotSpec,
-    created_unix_ms: u64,
-    /// The processor that it was made on.
-    processor: Digest,
-    /// The program that made it and has to load it.
-    firecracker: Digest,
-    /// Version of the guest's protocol that was spoken when it was made.
-    protocol: u16,
-    /// Digest of the machine's state.
-    state: Digest,
-    /// Its files, each with its length in bytes.
-    files: BTreeMap<String, u64>,
-}
 
 /// A snapshot in the index.
 #[derive(Debug)]
@@ -76,10 +55,6 @@ pub struct Snapshots {
     /// A snapshot was made.
     news: Notify,
 }
-
-const VERSION: u32 = 1;
-const KIND: &str = "snapshot manifest";
-const LIMIT: u64 = 1 << 20;
 
 impl Snapshots {
     /// Reads all of them.
@@ -140,17 +115,9 @@ impl Snapshots {
         let folder = sandbox::existing(&place.layout, id)?;
         let firecracker = artefact::adopt(place, &folder.join(layout::FIRECRACKER))?;
         let collected = capture::collect(place, &folder, spec.memory_mib)?;
-        let manifest = Manifest {
-            version: VERSION,
-            spec,
-            created_unix_ms: now_unix_ms(),
-            processor: self.processor.clone(),
-            firecracker,
-            protocol: PROTOCOL,
-            state: collected.state,
-            files: collected.files,
-        };
-        let found = self.publish(place, &name, manifest, collected.staged)?;
+        let capture::Collected { staged, files, state } = collected;
+        let manifest = Manifest::new(spec, self.processor.clone(), firecracker, state, files);
+        let found = self.publish(place, &name, manifest, staged)?;
         settle(place, id, &place.layout.snapshot(&name));
         Ok(found.info())
     }
@@ -196,7 +163,8 @@ impl Snapshots {
             clone.sync_all().at(&to)?;
             files.insert(file.to_owned(), clone.metadata().at(&to)?.len());
         }
-        let manifest = Manifest { spec, created_unix_ms: now_unix_ms(), files, ..manifest.clone() };
+        let mut manifest = manifest.clone();
+        (manifest.spec, manifest.created_unix_ms, manifest.files) = (spec, now_unix_ms(), files);
         self.publish(place, &name, manifest, staged).map(|found| found.info())
     }
 
@@ -309,12 +277,7 @@ impl Snapshots {
         manifest: Manifest,
         staged: Staged,
     ) -> Result<Arc<Snapshot>> {
-        let path = staged.path().join(layout::MANIFEST);
-        let document = self.signer.sign(KIND, &manifest).at(&path)?;
-        if document.len() as u64 > LIMIT {
-            return Err(StorageError::Invalid("the description of the snapshot is too long".into()));
-        }
-        files::write_atomic(&path, &document, 0o600).at(&path)?;
+        manifest.write(staged.path(), &self.signer)?;
         let target = place.layout.snapshot(id);
         staged.commit(&target)?;
         let made = self.insert(Snapshot {
@@ -331,67 +294,24 @@ impl Snapshots {
 
     fn read(&self, layout: &Layout, id: &SandboxId) -> Snapshot {
         let folder = layout.snapshot(id);
-        let (manifest, unusable) = match self.read_manifest(&folder) {
+        let (manifest, unusable) = match Manifest::read(&folder, &self.signer) {
             Ok((manifest, authentic)) => {
-                let why = self.why_unusable(layout, id, &manifest, authentic).unwrap_or_default();
-                (Some(manifest), why)
+                let why = manifest.why_unusable(layout, id, &self.processor, authentic);
+                (Some(manifest), why.unwrap_or_default())
             }
             Err(error) => {
                 tracing::error!(snapshot = %id, "{}", chain(&error));
-                (None, "its manifest cannot be read".into())
+                (None, "its manifest cannot be read")
             }
         };
         Snapshot {
             id: id.clone(),
             manifest,
-            unusable,
+            unusable: unusable.to_owned(),
             size_bytes: blocks(&folder),
             state_whole: OnceLock::new(),
             gone: RwLock::new(false),
         }
-    }
-
-    fn read_manifest(&self, folder: &Path) -> Result<(Manifest, bool)> {
-        let path = folder.join(layout::MANIFEST);
-        let missing = || io::Error::from(io::ErrorKind::NotFound);
-        let bytes =
-            files::read_limited(&path, LIMIT).and_then(|bytes| bytes.ok_or_else(missing)).at(&path)?;
-        self.signer.read(KIND, &bytes).at(&path)
-    }
-
-    /// One sentence.
-    fn why_unusable(
-        &self,
-        layout: &Layout,
-        id: &SandboxId,
-        manifest: &Manifest,
-        authentic: bool,
-    ) -> Option<String> {
-        let folder = layout.snapshot(id);
-        let whole = |(name, length): (&String, &u64)| is_whole(&folder.join(name), *length);
-        let needed = [layout::MEM, layout::STATE, layout::ROOT];
-        let known = |name: &String| needed.contains(&name.as_str()) || layout::drives().any(|d| d == name);
-        let why = if !authentic {
-            "its manifest was not written on this machine or was changed"
-        } else if manifest.version != VERSION {
-            "it has a format that is not known here"
-        } else if manifest.spec.id != id.as_str() {
-            "its manifest is that of another snapshot"
-        } else if manifest.processor != self.processor {
-            "it was made on another kind of processor"
-        } else if !is_program(&layout.artefact(&manifest.firecracker)) {
-            "the Firecracker that it was made with is not there any more"
-        } else if !(PROTOCOL_OLDEST..=PROTOCOL).contains(&manifest.protocol) {
-            "the agent in it speaks a version of the protocol that is not known here"
-        } else if !needed.iter().all(|name| manifest.files.contains_key(*name))
-            || !manifest.files.keys().all(known)
-            || !manifest.files.iter().all(whole)
-        {
-            "some of its files are missing or damaged"
-        } else {
-            return None;
-        };
-        Some(why.into())
     }
 }
 
@@ -440,18 +360,6 @@ impl Snapshot {
 
 const DAMAGED_STATE: &str = "the state of its machine is damaged";
 
-/// Checks what the caller says; answers its id and that of the sandbox.
-fn check(spec: &SnapshotSpec) -> Result<(SandboxId, SandboxId)> {
-    let id = |text: &str| {
-        text.parse::<SandboxId>().map_err(|error| StorageError::Invalid(format!("{text:.40?}: {error}")))
-    };
-    if spec.workspace.is_empty() {
-        return Err(StorageError::Invalid("a snapshot belongs to a workspace".into()));
-    }
-    drive::assign(&spec.volumes)?;
-    Ok((id(&spec.id)?, id(&spec.sandbox)?))
-}
-
 /// What is told of one of which nothing is known.
 fn nobody(id: &SandboxId) -> SnapshotSpec {
     SnapshotSpec {
@@ -477,16 +385,6 @@ fn settle(place: &Place, id: &SandboxId, folder: &Path) {
     if let Err(error) = capture::settle(place, id, folder) {
         tracing::error!(sandbox = %id, "the next capture will be a full one: {}", chain(&error));
     }
-}
-
-fn is_whole(path: &Path, length: u64) -> bool {
-    let ours = geteuid().as_raw();
-    fs::symlink_metadata(path)
-        .is_ok_and(|found| found.is_file() && found.len() == length && found.uid() == ours)
-}
-
-fn is_program(path: &Path) -> bool {
-    fs::symlink_metadata(path).is_ok_and(|found| found.is_file())
 }
 
 fn blocks(folder: &Path) -> u64 {
