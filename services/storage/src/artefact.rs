@@ -17,7 +17,7 @@ use crate::{
     error::{At, Result},
     identity::Digest,
     layout::{self, Layout, Sources},
-    place::{Place, create, open_regular},
+    place::{Place, children, create, open_regular, same_file},
 };
 
 /// The artefacts of the running image.
@@ -77,6 +77,29 @@ impl Artefacts {
     }
 }
 
+/// The digest of a program in a sandbox directory, which is an artefact from then on: its name may have gone with an
+/// earlier image while sandboxes still run it.
+///
+/// # Errors
+/// It cannot be read or linked.
+pub fn adopt(place: &Place, program: &Path) -> Result<Digest> {
+    for artefact in children(&place.layout.artefacts())? {
+        let digest = artefact.file_name().and_then(|name| name.to_str()?.parse::<Digest>().ok());
+        if let Some(digest) = digest
+            && same_file(&artefact, program)
+        {
+            return Ok(digest);
+        }
+    }
+    let digest = copy(&mut open_regular(program)?, &mut io::sink()).at(program)?;
+    let target = place.layout.artefact(&digest);
+    match std::fs::hard_link(program, &target) {
+        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error).at(&target),
+        _ => files::sync_dir(&place.layout.artefacts()).at(&target)?,
+    }
+    Ok(digest)
+}
+
 fn import(place: &Place, source: &Path, mode: u32, last: Option<&Digest>) -> Result<Digest> {
     if let Some(digest) = last
         && same(source, &place.layout.artefact(digest)).unwrap_or(false)
@@ -103,7 +126,7 @@ fn import(place: &Place, source: &Path, mode: u32, last: Option<&Digest>) -> Res
     Ok(digest)
 }
 
-fn copy(from: &mut File, to: &mut File) -> io::Result<Digest> {
+fn copy(from: &mut File, to: &mut impl Write) -> io::Result<Digest> {
     let mut sum = Sha256::new();
     let mut buffer = vec![0; 1024 * 1024];
     loop {

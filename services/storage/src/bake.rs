@@ -4,24 +4,22 @@
 //! A bake is named by everything that it depends on, so the one that fits this machine and image is found by name.
 
 use std::{
-    fs::{self, Permissions},
-    io,
-    os::unix::fs::{MetadataExt, PermissionsExt},
+    fs,
+    os::unix::fs::MetadataExt,
     path::Path,
     time::{SystemTime, UNIX_EPOCH},
 };
 
-use nix::unistd::geteuid;
 use pandastack_daemon::files;
 use serde::{Deserialize, Serialize};
 
 use crate::{
     artefact::Artefacts,
-    error::{At, Result, StorageError},
+    error::{At, Result},
     identity::Digest,
     import::write_manifest,
     layout::{self, Layout},
-    place::{Place, Staged, open_regular},
+    place::{Place, Staged, link_sealed, open_regular},
     template::TemplateName,
 };
 
@@ -53,7 +51,6 @@ struct Manifest {
 
 const VERSION: u32 = 1;
 const LIMIT: u64 = 64 * 1024;
-const SEALED: u32 = 0o440;
 const FILES: [&str; 3] = [layout::ROOT, layout::MEM, layout::STATE];
 
 impl Key {
@@ -102,29 +99,21 @@ pub fn present(layout: &Layout, name: &TemplateName, key: &Key) -> bool {
 /// [`publish`] then only has to rename. The sandbox keeps its links but can no longer write to them.
 ///
 /// # Errors
-/// [`StorageError::WrongState`] when the capture is not complete.
+/// [`crate::StorageError::WrongState`] when the capture is not complete.
 pub fn collect(place: &Place, sandbox: &Path, key: &Key) -> Result<Staged> {
     let staged = place.stage("bake")?;
     for name in FILES {
-        let (from, to) = (sandbox.join(name), staged.path().join(name));
-        // The directory is ours alone, but what is in it was handed to a process that runs hostile guests.
-        let file = open_regular(&from)
-            .map_err(|error| StorageError::WrongState(format!("there is no capture: {error}")))?;
-        let found = file.metadata().at(&from)?;
-        if found.len() == 0 || found.uid() != geteuid().as_raw() {
-            return Err(StorageError::WrongState(format!("the capture is not complete: {name}")));
-        }
-        file.set_permissions(Permissions::from_mode(SEALED)).at(&from)?;
-        file.sync_all().at(&from)?;
-        fs::hard_link(&from, &to).at(&to)?;
-        if fs::symlink_metadata(&to).at(&to)?.ino() != found.ino() {
-            return Err(io::Error::other("changed while it was sealed")).at(&from);
-        }
+        link_sealed(&sandbox.join(name), &staged.path().join(name))?;
     }
-    let created = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    let created_unix_ms = u64::try_from(created.as_millis()).unwrap_or(u64::MAX);
-    write_manifest(staged.path(), &Manifest { version: VERSION, key: key.clone(), created_unix_ms })?;
+    let manifest = Manifest { version: VERSION, key: key.clone(), created_unix_ms: now_unix_ms() };
+    write_manifest(staged.path(), &manifest)?;
     Ok(staged)
+}
+
+/// The time, Unix milliseconds.
+pub(crate) fn now_unix_ms() -> u64 {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(now.as_millis()).unwrap_or(u64::MAX)
 }
 
 /// Makes a collected bake the one of its key. Answers `false` when that is what it is already.

@@ -57,7 +57,7 @@ fn grains(ranges: &[Range<u64>], length: u64) -> Vec<Range<u64>> {
 }
 
 /// The first part of `range` that is not a hole, widened to whole grains; `None` when the rest is one.
-fn next_data(file: &File, range: Range<u64>) -> io::Result<Option<Range<u64>>> {
+pub(crate) fn next_data(file: &File, range: Range<u64>) -> io::Result<Option<Range<u64>>> {
     if range.is_empty() {
         return Ok(None);
     }

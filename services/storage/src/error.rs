@@ -17,6 +17,9 @@ pub enum StorageError {
     /// There is no such thing. Nothing changed.
     #[error("{0}")]
     NotFound(String),
+    /// A thing of that name is already there. Nothing changed.
+    #[error("{0}")]
+    Exists(String),
     /// The request can never succeed as it is. Nothing changed.
     #[error("{0}")]
     Invalid(String),
@@ -85,6 +88,7 @@ impl From<StorageError> for bus::Error {
     fn from(error: StorageError) -> Self {
         match error {
             StorageError::NotFound(text) => Self::NotFound(text),
+            StorageError::Exists(text) => Self::Exists(text),
             StorageError::Invalid(text) => Self::InvalidArgument(text),
             StorageError::WrongState(text) => Self::WrongState(text),
             StorageError::NotReady(text) => Self::NotReady(text),

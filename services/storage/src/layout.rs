@@ -5,7 +5,13 @@
 //!   <state>/artefacts/current.json               which of them belong to the running image
 //!   <state>/templates/<name>/disk/               root.img, manifest.json: the pristine disk, imported
 //!   <state>/templates/<name>/bakes/<bake>/       mem, state, root.img, manifest.json: sealed, never written again
-//!   <state>/sandboxes/<id>/                      what a unit sees as /vm; `s/` in it is Firecracker's own
+//!   <state>/sandboxes/<id>/                      what a unit sees as /vm; `s/` in it is Firecracker's own, `c.*` a capture
+//!                                                that is not finished
+//!   <state>/snapshots/<id>/                      mem, state, root.img, drives, manifest.json, hashes.json: sealed, too
+//!   <state>/volumes/<id>/                        disk.img, manifest.json; the id is ours, names of tenants are no paths
+//!   <state>/holds/<sandbox>.json                 the volumes that a sandbox has
+//!   <state>/zero.img                             what a read-only drive without a volume is
+//!   <state>/manifest.key                         what manifests of snapshots are authenticated with
 //!   <state>/staging/                             everything that is not finished; emptied at start
 //!   <state>/trash/                               everything that is on its way out; emptied at start
 //! ```
@@ -32,12 +38,30 @@ pub const INITRD: &str = "initrd.img";
 pub const FIRECRACKER: &str = "firecracker";
 /// Symbolic link whose text says what filled a sandbox directory; made last.
 pub const FILLED: &str = ".filled";
+/// Drives that are writable, in the order of their devices in the guest: placeholders, or volumes in their place.
+pub const WRITABLE: [&str; 4] = ["w0.img", "w1.img", "w2.img", "w3.img"];
+/// Drives that are read-only.
+pub const READ_ONLY: [&str; 4] = ["r0.img", "r1.img", "r2.img", "r3.img"];
+/// Contents of a volume.
+pub const DISK: &str = "disk.img";
+/// Hash tree of a snapshot.
+pub const HASHES: &str = "hashes.json";
 /// What a directory of ours holds; its presence says that the directory is complete.
 pub const MANIFEST: &str = "manifest.json";
 /// Description of a template on its partition.
 pub const DESCRIPTION: &str = "template.toml";
 /// Optional on the template partition: a text that changes whenever the disk image does.
 pub const IDENTITY: &str = "identity";
+
+/// All drives but the root disk.
+pub fn drives() -> impl Iterator<Item = &'static str> {
+    WRITABLE.into_iter().chain(READ_ONLY)
+}
+
+/// Name that a file of a sandbox directory has in an unfinished capture.
+pub fn captured(name: &str) -> String {
+    format!("c.{name}")
+}
 
 /// The paths below one state directory.
 #[derive(Debug, Clone)]
@@ -104,6 +128,46 @@ impl Layout {
     /// One sandbox directory.
     pub fn sandbox(&self, id: &SandboxId) -> PathBuf {
         self.sandboxes().join(id.as_str())
+    }
+
+    /// Parent of all snapshots.
+    pub fn snapshots(&self) -> PathBuf {
+        self.state.join("snapshots")
+    }
+
+    /// One snapshot.
+    pub fn snapshot(&self, id: &SandboxId) -> PathBuf {
+        self.snapshots().join(id.as_str())
+    }
+
+    /// Parent of all volumes.
+    pub fn volumes(&self) -> PathBuf {
+        self.state.join("volumes")
+    }
+
+    /// One volume.
+    pub fn volume(&self, id: &SandboxId) -> PathBuf {
+        self.volumes().join(id.as_str())
+    }
+
+    /// Parent of the records of who has which volumes.
+    pub fn holds(&self) -> PathBuf {
+        self.state.join("holds")
+    }
+
+    /// The volumes of one sandbox.
+    pub fn hold(&self, sandbox: &SandboxId) -> PathBuf {
+        self.holds().join(format!("{sandbox}.json"))
+    }
+
+    /// The file that every read-only placeholder is a link to.
+    pub fn zero(&self) -> PathBuf {
+        self.state.join("zero.img")
+    }
+
+    /// Key of the manifests.
+    pub fn manifest_key(&self) -> PathBuf {
+        self.state.join("manifest.key")
     }
 
     /// Parent of what is not finished.
@@ -176,7 +240,7 @@ mod tests {
                 prop_assert_eq!(layout.template(&name).parent().map(Path::to_owned), Some(layout.templates()));
             }
             if let Ok(id) = text.parse::<SandboxId>() {
-                paths.push(layout.sandbox(&id));
+                paths.extend([layout.sandbox(&id), layout.snapshot(&id), layout.volume(&id), layout.hold(&id)]);
             }
             if let Ok(digest) = text.parse::<Digest>() {
                 paths.push(layout.artefact(&digest));
@@ -198,6 +262,11 @@ mod tests {
             layout.artefact(&Digest::of(b"y")),
             layout.bake(&name, &bake),
             layout.sandbox(&SandboxId::random()),
+            layout.snapshot(&SandboxId::random()),
+            layout.volume(&SandboxId::random()),
+            layout.hold(&SandboxId::random()),
+            layout.zero(),
+            layout.manifest_key(),
             layout.staged("a", 1),
             layout.trashed("a", 1),
         ] {

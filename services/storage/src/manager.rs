@@ -1,35 +1,46 @@
-//! The storage daemon without its bus: which templates there are and how far each is, and every verb of
-//! [`StorageBackend`] as blocking work in a task of its own, one at a time for each sandbox.
+//! The storage daemon without its bus: what there is, found out at the start, and verbs as blocking work in a task of
+//! its own, one at a time for each sandbox and for each snapshot.
 //!
 //! It refuses to know why anybody wants a sandbox. How far a template is follows from what is on disk; only the
 //! reason of a failure is held in memory, so that a restart tries again.
 
-use std::{collections::BTreeMap, path::PathBuf, sync::Arc, time::Duration};
+use std::{
+    collections::BTreeMap,
+    path::PathBuf,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
 
 use nix::unistd::Gid;
-use pandastack_bus::{self as bus, SandboxId, storage::*};
+use pandastack_bus::{self as bus, SandboxId, storage::TemplateState};
 use pandastack_daemon::chain;
 use tokio::sync::broadcast;
 
 use crate::{
     artefact::Artefacts,
-    bake::{self, Key},
+    drive,
     error::{At, Result, StorageError},
     gc,
     identity::{self, Digest},
     import,
-    keyed::Keyed,
-    layout::{self, Sources},
+    keyed::{Keyed, Turn},
+    layout::Sources,
+    mac::Signer,
     place::{Place, children},
-    progress::{Entry, Progress, state_name},
-    sandbox::{self, Content, DISK_LIMIT_MIB},
-    template::{self, Template, TemplateName},
+    progress::Entry,
+    snapshot::Snapshots,
+    template::{self, TemplateName},
+    volume::Volumes,
 };
 
 /// Seconds after which a failed import is tried again.
 const RETRY: Duration = Duration::from_secs(60);
-/// Longest reason of a failure that is kept, characters.
-const REASON_LIMIT: usize = 1000;
+
+/// How long the work that nobody waits for rests, in multiples of its own time: the unit may not lower its priority.
+const REST: u32 = 3;
 
 /// Where everything is and whose.
 #[derive(Debug, Clone)]
@@ -45,18 +56,24 @@ pub struct Config {
 /// The backend. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Manager {
-    inner: Arc<Inner>,
+    pub(crate) inner: Arc<Inner>,
 }
 
+/// What all verbs share.
 #[derive(Debug)]
-struct Inner {
-    place: Place,
-    sources: Sources,
-    artefacts: Artefacts,
-    processor: Digest,
-    catalogue: BTreeMap<TemplateName, Entry>,
-    changes: broadcast::Sender<(TemplateName, TemplateState)>,
+pub(crate) struct Inner {
+    pub(crate) place: Place,
+    pub(crate) sources: Sources,
+    pub(crate) artefacts: Artefacts,
+    pub(crate) processor: Digest,
+    pub(crate) catalogue: BTreeMap<TemplateName, Entry>,
+    pub(crate) changes: broadcast::Sender<(TemplateName, TemplateState)>,
+    pub(crate) snapshots: Snapshots,
+    pub(crate) volumes: Volumes,
+    /// Who works on a sandbox directory. Taken before `making`.
     busy: Keyed<SandboxId>,
+    /// Who makes or deletes a snapshot.
+    making: Keyed<SandboxId>,
 }
 
 impl Manager {
@@ -74,14 +91,22 @@ impl Manager {
         });
         let catalogue =
             catalogue.into_iter().map(|(name, described)| (name, Entry::new(described))).collect();
+        drive::make_zero(&place)?;
+        let processor = identity::processor();
+        let signer = Signer::open(&place.layout.manifest_key())?;
+        let snapshots = Snapshots::open(&place.layout, signer, processor.clone())?;
+        let volumes = Volumes::open(&place.layout)?;
         let inner = Inner {
             place,
             sources: config.sources,
             artefacts,
-            processor: identity::processor(),
+            processor,
             catalogue,
             changes: broadcast::channel(64).0,
+            snapshots,
+            volumes,
             busy: Keyed::default(),
+            making: Keyed::default(),
         };
         for (name, entry) in &inner.catalogue {
             match import::identity(&inner.sources, name) {
@@ -107,6 +132,40 @@ impl Manager {
         }
     }
 
+    /// Computes the hash trees that are missing, one after the other, for ever.
+    pub async fn keep_hashed(&self) {
+        loop {
+            self.hash_missing().await;
+            self.inner.snapshots.news().await;
+        }
+    }
+
+    /// Computes the hash trees that are missing. One that fails is tried again after the next snapshot. Dropped, it ends
+    /// soon.
+    pub async fn hash_missing(&self) {
+        /// Says so to the thread that computes.
+        struct Ended(Arc<AtomicBool>);
+        impl Drop for Ended {
+            fn drop(&mut self) {
+                self.0.store(true, Ordering::Relaxed);
+            }
+        }
+        let ended = Ended(Arc::default());
+        for snapshot in self.inner.snapshots.unhashed(&self.inner.place.layout) {
+            let (inner, flag) = (Arc::clone(&self.inner), Arc::clone(&ended.0));
+            let id = snapshot.id().clone();
+            let outcome = blocking(move || {
+                inner.snapshots.hash(&inner.place.layout, &snapshot, |took| {
+                    std::thread::sleep(took * REST);
+                    !flag.load(Ordering::Relaxed)
+                })
+            });
+            if let Err(error) = outcome.await {
+                tracing::error!(snapshot = %id, "hash tree: {}", chain(&error));
+            }
+        }
+    }
+
     /// Every change of a template's state from now on.
     pub fn changes(&self) -> broadcast::Receiver<(TemplateName, TemplateState)> {
         self.inner.changes.subscribe()
@@ -119,228 +178,94 @@ impl Manager {
         format!("{} templates, {baked} of them baked", self.inner.catalogue.len())
     }
 
-    /// Blocking work that concerns one sandbox, alone with it, to its end even if nobody waits any more.
-    async fn with<T: Send + 'static>(
+    /// Blocking work on one sandbox directory, alone with it, to its end even if nobody waits any more.
+    pub(crate) async fn with<T: Send + 'static>(
         &self,
         id: &str,
         verb: &'static str,
         work: impl FnOnce(&Inner, &SandboxId) -> Result<T> + Send + 'static,
     ) -> bus::Result<T> {
-        let id: SandboxId =
-            id.parse().map_err(|error: bus::BadId| bus::Error::InvalidArgument(error.to_string()))?;
+        let id = id_of(id)?;
         let turn = self.inner.busy.turn(&id).await;
-        let inner = Arc::clone(&self.inner);
-        let job = id.clone();
-        let outcome = blocking(move || {
-            let _turn = turn;
-            work(&inner, &job)
-        });
-        outcome.await.map_err(|error| {
-            let text = chain(&error);
-            match bus::Error::from(error) {
-                fault @ bus::Error::Internal(_) => {
-                    tracing::error!(sandbox = %id, "{verb}: {text}");
-                    fault
-                }
-                refusal => {
-                    tracing::info!(sandbox = %id, "{verb} refused: {text}");
-                    refusal
-                }
-            }
-        })
+        self.work(id, verb, [Some(turn), None], work).await
     }
 
-    /// Blocking work that concerns no sandbox.
-    async fn run<T: Send + 'static>(
+    /// Blocking work on one snapshot, alone with it.
+    pub(crate) async fn with_snapshot<T: Send + 'static>(
         &self,
+        snapshot: &str,
+        verb: &'static str,
+        work: impl FnOnce(&Inner, &SandboxId) -> Result<T> + Send + 'static,
+    ) -> bus::Result<T> {
+        let id = id_of(snapshot)?;
+        let turn = self.inner.making.turn(&id).await;
+        self.work(id, verb, [Some(turn), None], work).await
+    }
+
+    /// Blocking work on one sandbox directory that makes a snapshot, alone with both.
+    pub(crate) async fn with_both<T: Send + 'static>(
+        &self,
+        id: &str,
+        snapshot: &str,
+        verb: &'static str,
+        work: impl FnOnce(&Inner, &SandboxId) -> Result<T> + Send + 'static,
+    ) -> bus::Result<T> {
+        let (id, snapshot) = (id_of(id)?, id_of(snapshot)?);
+        let turns = [Some(self.inner.busy.turn(&id).await), Some(self.inner.making.turn(&snapshot).await)];
+        self.work(id, verb, turns, work).await
+    }
+
+    /// Blocking work that has nobody to wait for.
+    pub(crate) async fn run<T: Send + 'static>(
+        &self,
+        verb: &'static str,
         work: impl FnOnce(&Inner) -> Result<T> + Send + 'static,
     ) -> bus::Result<T> {
         let inner = Arc::clone(&self.inner);
-        blocking(move || work(&inner)).await.map_err(|error| {
-            tracing::error!("{}", chain(&error));
-            error.into()
-        })
+        blocking(move || work(&inner)).await.map_err(|error| told("", verb, error))
+    }
+
+    async fn work<T: Send + 'static>(
+        &self,
+        id: SandboxId,
+        verb: &'static str,
+        turns: [Option<Turn<SandboxId>>; 2],
+        work: impl FnOnce(&Inner, &SandboxId) -> Result<T> + Send + 'static,
+    ) -> bus::Result<T> {
+        let inner = Arc::clone(&self.inner);
+        let job = id.clone();
+        let outcome = blocking(move || {
+            let _turns = turns;
+            work(&inner, &job)
+        });
+        outcome.await.map_err(|error| told(id.as_str(), verb, error))
     }
 }
 
-impl StorageBackend for Manager {
-    async fn templates(&self) -> bus::Result<Vec<TemplateInfo>> {
-        Ok(self.inner.catalogue.values().map(Entry::info).collect())
-    }
+/// An id that somebody else says.
+///
+/// # Errors
+/// It has not the form of one.
+pub(crate) fn id_of(text: &str) -> bus::Result<SandboxId> {
+    text.parse().map_err(|error: bus::BadId| bus::Error::InvalidArgument(error.to_string()))
+}
 
-    async fn template(&self, name: String) -> bus::Result<TemplateInfo> {
-        Ok(self.inner.find(&name)?.info())
-    }
-
-    async fn prepare(&self, id: String) -> bus::Result<bool> {
-        self.with(&id, "prepare", |inner, id| sandbox::prepare(&inner.place, id, &inner.artefacts)).await
-    }
-
-    async fn fill(&self, id: String, template: String, fill: Fill, disk_mib: u64) -> bus::Result<()> {
-        self.with(&id, "fill", move |inner, id| inner.fill(id, &template, fill, disk_mib)).await
-    }
-
-    async fn ensure_kernel(&self, id: String) -> bus::Result<()> {
-        self.with(&id, "ensure_kernel", |inner, id| {
-            sandbox::ensure_kernel(&inner.place, id, &inner.artefacts)
-        })
-        .await
-    }
-
-    async fn prepare_capture(&self, id: String) -> bus::Result<()> {
-        self.with(&id, "prepare_capture", |inner, id| sandbox::prepare_capture(&inner.place, id)).await
-    }
-
-    async fn seal_template(&self, id: String, template: String) -> bus::Result<()> {
-        self.with(&id, "seal_template", move |inner, id| inner.seal(id, &template)).await
-    }
-
-    async fn fail_template(&self, template: String, reason: String) -> bus::Result<()> {
-        let entry = self.inner.find(&template)?;
-        let reason: String = reason.chars().take(REASON_LIMIT).collect();
-        tracing::error!(template = %entry.name(), "could not be baked: {reason}");
-        self.inner.change(entry, |progress| progress.failure = Some(reason));
-        Ok(())
-    }
-
-    async fn release(&self, id: String) -> bus::Result<bool> {
-        self.with(&id, "release", |inner, id| inner.place.remove(&inner.place.layout.sandbox(id))).await
-    }
-
-    async fn owners(&self) -> bus::Result<Vec<Owner>> {
-        self.run(|inner| sandbox::owners(&inner.place.layout)).await
-    }
-
-    async fn usage(&self) -> bus::Result<Usage> {
-        self.run(|inner| inner.place.usage()).await
+/// Logs a failure and says it in the words of the bus.
+fn told(id: &str, verb: &str, error: StorageError) -> bus::Error {
+    let text = chain(&error);
+    match bus::Error::from(error) {
+        fault @ bus::Error::Internal(_) => {
+            tracing::error!(id, "{verb}: {text}");
+            fault
+        }
+        refusal => {
+            tracing::info!(id, "{verb} refused: {text}");
+            refusal
+        }
     }
 }
 
 impl Inner {
-    fn find(&self, name: &str) -> Result<&Entry> {
-        let by_alias = |entry: &&Entry| entry.template().aliases.iter().any(|alias| alias.as_str() == name);
-        let by_name = name.parse().ok().and_then(|name: TemplateName| self.catalogue.get(&name));
-        by_name.or_else(|| self.catalogue.values().find(by_alias)).ok_or_else(|| {
-            let shown: String = name.chars().take(64).collect();
-            StorageError::NotFound(format!("template {shown:?} not found"))
-        })
-    }
-
-    fn key(&self, entry: &Entry, disk: &Digest) -> Key {
-        Key::new(&self.artefacts, disk, &entry.described.text, &self.processor)
-    }
-
-    /// Finds out what is on disk for a template whose disk has the identity `wanted`.
-    fn look(&self, name: &TemplateName, entry: &Entry, wanted: &Digest) {
-        let layout = &self.place.layout;
-        let disk = import::imported(layout, name).filter(|found| found == wanted);
-        let key = self.key(entry, wanted);
-        let baked = disk.is_some() && bake::present(layout, name, &key);
-        let bake = if baked { import::blocks(&layout.bake(name, &key.id())) } else { 0 };
-        let size_bytes = import::blocks(&layout.disk(name)) + bake;
-        self.change(entry, |progress| *progress = Progress { disk, baked, failure: None, size_bytes });
-    }
-
-    fn change(&self, entry: &Entry, change: impl FnOnce(&mut Progress)) {
-        let mut progress = entry.write();
-        let before = progress.state();
-        change(&mut progress);
-        let after = progress.state();
-        drop(progress);
-        if before != after {
-            tracing::info!(template = %entry.name(), "{}", state_name(after));
-            // Without a listener nobody wants to know.
-            let _ = self.changes.send((entry.name().clone(), after));
-        }
-    }
-
-    /// Answers how many failed.
-    fn import_missing(&self) -> usize {
-        let missing = self.catalogue.values().filter(|entry| entry.read().disk.is_none());
-        let import = |entry: &&Entry| {
-            let name = entry.name();
-            let outcome = import::identity(&self.sources, name).and_then(|wanted| {
-                import::import(&self.place, &self.sources, entry.template(), &wanted)?;
-                self.look(name, entry, &wanted);
-                Ok(())
-            });
-            if let Err(error) = &outcome {
-                let reason = chain(error);
-                tracing::error!(template = %name, "could not be imported: {reason}");
-                self.change(entry, |progress| progress.failure = Some(reason));
-            }
-            outcome.is_err()
-        };
-        missing.filter(import).count()
-    }
-
-    fn fill(&self, id: &SandboxId, template: &str, fill: Fill, disk_mib: u64) -> Result<()> {
-        let entry = self.find(template)?;
-        let Template { name, disk_mib: least, .. } = entry.template();
-        let disk_mib = if disk_mib == 0 { *least } else { disk_mib };
-        if !(*least..=DISK_LIMIT_MIB).contains(&disk_mib) {
-            let most = DISK_LIMIT_MIB;
-            return Err(StorageError::Invalid(format!(
-                "a disk of template {name} has {least} to {most} MiB"
-            )));
-        }
-        let progress = entry.read();
-        let disk = match (&progress.disk, fill, progress.state()) {
-            (Some(disk), Fill::Pristine, _) | (Some(disk), Fill::Baked, TemplateState::Baked) => disk,
-            (_, _, TemplateState::Failed) => {
-                let reason = progress.failure.as_deref().unwrap_or_default();
-                return Err(StorageError::WrongState(format!("template {name} cannot be used: {reason}")));
-            }
-            (None, ..) => {
-                return Err(StorageError::NotReady(format!("template {name} is still being imported")));
-            }
-            _ => return Err(StorageError::NotReady(format!("template {name} is not baked yet"))),
-        };
-        let (layout, key) = (&self.place.layout, self.key(entry, disk));
-        let (folder, links, kind) = match fill {
-            Fill::Baked => {
-                let bake = layout.bake(name, &key.id());
-                let links = [layout::MEM, layout::STATE].map(|file| (bake.join(file), file)).to_vec();
-                (bake, links, "baked")
-            }
-            Fill::Pristine => {
-                let [_, (kernel, kernel_name), (initrd, initrd_name)] = self.artefacts.named();
-                let links =
-                    vec![(layout.artefact(kernel), kernel_name), (layout.artefact(initrd), initrd_name)];
-                (layout.disk(name), links, "pristine")
-            }
-        };
-        let record = record(kind, name, &key, disk_mib);
-        let content = Content { disk: folder.join(layout::ROOT), disk_bytes: disk_mib << 20, links, record };
-        sandbox::fill(&self.place, id, &self.artefacts, &content)?;
-        Ok(())
-    }
-
-    fn seal(&self, id: &SandboxId, template: &str) -> Result<()> {
-        let entry = self.find(template)?;
-        let name = entry.name();
-        let folder = sandbox::existing(&self.place.layout, id)?;
-        let disk = entry.read().disk.clone();
-        let disk =
-            disk.ok_or_else(|| StorageError::NotReady(format!("template {name} is still being imported")))?;
-        let key = self.key(entry, &disk);
-        let expected = record("pristine", name, &key, entry.template().disk_mib);
-        if sandbox::filled(&folder)?.as_ref() != Some(&expected) {
-            return Err(StorageError::WrongState(format!(
-                "sandbox {id} was not booted from template {name} as it is now"
-            )));
-        }
-        let staged = bake::collect(&self.place, &folder, &key)?;
-        let changed = {
-            // No fill links from the bake while it is replaced.
-            let _alone = entry.write();
-            bake::publish(&self.place, name, &key, staged)?
-        };
-        self.look(name, entry, &disk);
-        tracing::info!(sandbox = %id, template = %name, changed, "sealed as bake {}", key.id().as_str());
-        Ok(())
-    }
-
     fn collect_garbage(&self) -> Result<()> {
         let layout = &self.place.layout;
         let bakes = |template: PathBuf| -> Result<(PathBuf, Vec<PathBuf>)> {
@@ -360,9 +285,11 @@ impl Inner {
         };
         let wanted = gc::Wanted {
             templates: self.catalogue.iter().map(kept).collect(),
-            artefacts: self.artefacts.digests(),
+            artefacts: self.artefacts.digests().into_iter().chain(self.snapshots.programs()).collect(),
         };
-        let strays = children(&layout.sandboxes())?.into_iter().filter(|path| {
+        let folders = [layout.sandboxes(), layout.snapshots(), layout.volumes()];
+        let strays = folders.iter().map(|folder| children(folder)).collect::<Result<Vec<_>>>()?;
+        let strays = strays.into_iter().flatten().filter(|path| {
             path.file_name()
                 .and_then(|name| name.to_str())
                 .is_none_or(|name| name.parse::<SandboxId>().is_err())
@@ -377,10 +304,6 @@ impl Inner {
         pandastack_daemon::files::remove_leftovers(&layout.artefacts()).at(&layout.artefacts())?;
         Ok(())
     }
-}
-
-fn record(kind: &str, name: &TemplateName, key: &Key, disk_mib: u64) -> String {
-    format!("{kind} {name} {} {disk_mib}", key.id().as_str())
 }
 
 async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {

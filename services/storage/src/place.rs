@@ -7,12 +7,16 @@
 use std::{
     fs::{self, DirBuilder, File, OpenOptions, Permissions},
     io,
-    os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt, chown},
+    os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt, chown},
     path::{Path, PathBuf},
     sync::atomic::{AtomicU64, Ordering},
 };
 
-use nix::{fcntl::OFlag, sys::statvfs::statvfs, unistd::Gid};
+use nix::{
+    fcntl::OFlag,
+    sys::statvfs::statvfs,
+    unistd::{Gid, geteuid},
+};
 use pandastack_bus::storage::Usage;
 use pandastack_daemon::files;
 
@@ -21,6 +25,9 @@ use crate::{
     layout::Layout,
     reflink,
 };
+
+/// Mode of what is never written again.
+pub const SEALED: u32 = 0o440;
 
 /// The state directory, opened.
 #[derive(Debug)]
@@ -46,7 +53,15 @@ impl Place {
     pub fn open(state: &Path, group: Option<Gid>) -> Result<Self> {
         let place = Self { layout: Layout::new(state), group, count: AtomicU64::new(0) };
         let layout = &place.layout;
-        for folder in [layout.artefacts(), layout.templates(), layout.staging(), layout.trash()] {
+        for folder in [
+            layout.artefacts(),
+            layout.templates(),
+            layout.snapshots(),
+            layout.volumes(),
+            layout.holds(),
+            layout.staging(),
+            layout.trash(),
+        ] {
             make_folder(&folder, 0o700)?;
         }
         // vmm passes through to the sockets; nobody but us lists it or changes it.
@@ -134,8 +149,16 @@ impl Place {
     /// # Errors
     /// [`StorageError::NoSpace`].
     pub fn admit(&self) -> Result<()> {
+        self.admit_bytes(0)
+    }
+
+    /// Refuses when less than the reserve would be free after `wanted` more bytes.
+    ///
+    /// # Errors
+    /// [`StorageError::NoSpace`].
+    pub fn admit_bytes(&self, wanted: u64) -> Result<()> {
         let Usage { free_bytes, reserve_bytes, .. } = self.usage()?;
-        if free_bytes >= reserve_bytes {
+        if free_bytes >= reserve_bytes.saturating_add(wanted) {
             return Ok(());
         }
         let (free, reserve) = (free_bytes >> 20, reserve_bytes >> 20);
@@ -219,6 +242,79 @@ pub fn open_regular(path: &Path) -> Result<File> {
     } else {
         Err(io::Error::new(io::ErrorKind::InvalidData, "not a regular file")).at(path)
     }
+}
+
+/// Opens a file of a capture. Its directory is ours alone, but what is in it was handed to a process that runs hostile
+/// guests.
+///
+/// # Errors
+/// [`StorageError::WrongState`]: it is missing, empty, no regular file or somebody else's.
+pub fn open_written(path: &Path) -> Result<File> {
+    let whole = |file: &File| {
+        let ours = |found: fs::Metadata| found.uid() == geteuid().as_raw() && found.len() > 0;
+        file.metadata().is_ok_and(ours)
+    };
+    open_regular(path).ok().filter(whole).ok_or_else(|| {
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        StorageError::WrongState(format!("the capture is not complete: {name}"))
+    })
+}
+
+/// Seals a file of ours, durably, and links it to `to`. Whoever has it open for writing keeps that.
+///
+/// # Errors
+/// As [`open_written`]; or `to` is there already.
+pub fn link_sealed(from: &Path, to: &Path) -> Result<()> {
+    let file = open_written(from)?;
+    file.set_permissions(Permissions::from_mode(SEALED)).at(from)?;
+    file.sync_all().at(from)?;
+    fs::hard_link(from, to).at(to)?;
+    if inode(to)?.1 == file.metadata().at(from)?.ino() {
+        Ok(())
+    } else {
+        Err(io::Error::other("changed while it was sealed")).at(from)
+    }
+}
+
+/// Makes a file that shares its blocks with `from`, of the same length.
+///
+/// # Errors
+/// [`StorageError::NoSpace`]; there is one already, or `from` is no regular file.
+pub fn clone_file(from: &Path, to: &Path, mode: u32) -> Result<File> {
+    let source = open_regular(from)?;
+    let file = create(to, mode)?;
+    reflink::clone(&source, &file).at(to)?;
+    Ok(file)
+}
+
+/// Removes a name of a file; that it is not there is as good.
+///
+/// # Errors
+/// It cannot be removed.
+pub fn unlink(path: &Path) -> Result<()> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error).at(path),
+        _ => Ok(()),
+    }
+}
+
+/// Whether there is anything of that name.
+pub fn exists(path: &Path) -> bool {
+    fs::symlink_metadata(path).is_ok()
+}
+
+/// What two names of one file have in common: device and inode.
+///
+/// # Errors
+/// There is no such name.
+pub fn inode(path: &Path) -> Result<(u64, u64)> {
+    let found = fs::symlink_metadata(path).at(path)?;
+    Ok((found.dev(), found.ino()))
+}
+
+/// Whether both names are there and are of one file.
+pub fn same_file(one: &Path, two: &Path) -> bool {
+    matches!((inode(one), inode(two)), (Ok(one), Ok(two)) if one == two)
 }
 
 /// The paths in a directory, sorted.

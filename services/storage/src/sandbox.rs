@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   absent ──prepare──► prepared ──fill──► filled ──prepare_capture──► (Firecracker writes) ──seal──► bake
-//!      ▲                    │                 │
+//!      ▲                    │                 │ └───begin, disks, commit (see `capture`)──► snapshot
 //!      └──────release───────┴────────release──┘
 //! ```
 //!
@@ -22,10 +22,11 @@ use pandastack_daemon::files;
 
 use crate::{
     artefact::Artefacts,
+    capture, drive,
     error::{At, Result, StorageError},
+    identity::Digest,
     layout::{self, Layout},
-    place::{Place, children, create, open_regular},
-    reflink,
+    place::{Place, children, clone_file, create, exists, same_file, unlink},
 };
 
 /// Largest root disk, MiB: 1 TiB, of a template as well as of a sandbox. vmm refuses the same.
@@ -40,6 +41,8 @@ pub struct Content {
     pub disk_bytes: u64,
     /// Files to link, each with its name in the directory.
     pub links: Vec<(PathBuf, &'static str)>,
+    /// Drives to share blocks with, each with its name in the directory.
+    pub drives: Vec<(PathBuf, &'static str)>,
     /// What says the same for the same content, and fits in a symbolic link.
     pub record: String,
 }
@@ -59,6 +62,7 @@ pub fn prepare(place: &Place, id: &SandboxId, artefacts: &Artefacts) -> Result<b
     place.share(&sockets, 0o770)?;
     let program = place.layout.artefact(&artefacts.firecracker);
     fs::hard_link(&program, staged.path().join(layout::FIRECRACKER)).at(&program)?;
+    drive::place_all(place, staged.path())?;
     place.share(staged.path(), 0o750)?;
     // After a power cut no unit runs, so a directory without contents that is lost then is not missed.
     staged.commit_quickly(&target)?;
@@ -69,8 +73,8 @@ pub fn prepare(place: &Place, id: &SandboxId, artefacts: &Artefacts) -> Result<b
 ///
 /// # Errors
 /// [`StorageError::NotFound`]; [`StorageError::WrongState`] when it is filled with something else or was prepared for
-/// another Firecracker; [`StorageError::NoSpace`]: what was made is removed again.
-pub fn fill(place: &Place, id: &SandboxId, artefacts: &Artefacts, content: &Content) -> Result<bool> {
+/// another Firecracker than `firecracker`; [`StorageError::NoSpace`]: what was made is removed again.
+pub fn fill(place: &Place, id: &SandboxId, firecracker: &Digest, content: &Content) -> Result<bool> {
     let folder = existing(&place.layout, id)?;
     match filled(&folder)? {
         Some(record) if record == content.record => return Ok(false),
@@ -79,15 +83,14 @@ pub fn fill(place: &Place, id: &SandboxId, artefacts: &Artefacts, content: &Cont
         }
         None => {}
     }
-    let (program, wanted) = (folder.join(layout::FIRECRACKER), place.layout.artefact(&artefacts.firecracker));
-    if inode(&program)? != inode(&wanted)? {
+    if !same_file(&folder.join(layout::FIRECRACKER), &place.layout.artefact(firecracker)) {
         return Err(StorageError::WrongState(format!("sandbox {id} was prepared for another Firecracker")));
     }
     place.admit()?;
     // What an interrupted fill left behind.
-    empty(&folder)?;
+    empty(place, &folder)?;
     pour(place, &folder, content).inspect_err(|_| {
-        if let Err(error) = empty(&folder) {
+        if let Err(error) = empty(place, &folder) {
             tracing::error!(sandbox = %id, "a failed fill leaves files behind until release: {error}");
         }
     })?;
@@ -109,13 +112,21 @@ pub fn filled(folder: &Path) -> Result<Option<String>> {
 
 /// Links the artefacts of the running image, whatever is there, so that a kept disk can be booted cold. Idempotent.
 ///
+/// A cold boot does not run on the memory that filled the directory: that goes, and so does what a capture left that a
+/// power cut may have torn. Drives that are missing (the directory is older than them) are made.
+///
 /// # Errors
 /// [`StorageError::NotFound`], or a link cannot be made.
 pub fn ensure_kernel(place: &Place, id: &SandboxId, artefacts: &Artefacts) -> Result<()> {
     let folder = existing(&place.layout, id)?;
+    for name in [layout::MEM, layout::STATE] {
+        unlink(&folder.join(name))?;
+    }
+    capture::clear(&folder)?;
+    drive::place_all(place, &folder)?;
     for (digest, name) in artefacts.named() {
         let (artefact, target) = (place.layout.artefact(digest), folder.join(name));
-        if exists(&target) && inode(&target)? == inode(&artefact)? {
+        if same_file(&target, &artefact) {
             continue;
         }
         let staged = place.stage("kernel")?;
@@ -179,39 +190,24 @@ pub fn owners(layout: &Layout) -> Result<Vec<Owner>> {
 
 fn pour(place: &Place, folder: &Path, content: &Content) -> Result<()> {
     let path = folder.join(layout::ROOT);
-    let from = open_regular(&content.disk)?;
-    let disk = create(&path, 0o660)?;
+    let disk = clone_file(&content.disk, &path, 0o660)?;
     place.share(&path, 0o660)?;
-    reflink::clone(&from, &disk).at(&path)?;
     if disk.metadata().at(&path)?.len() < content.disk_bytes {
         disk.set_len(content.disk_bytes).at(&path)?;
     }
     for (from, name) in &content.links {
         fs::hard_link(from, folder.join(name)).at(from)?;
     }
+    for (from, name) in &content.drives {
+        drive::clone_in(place, from, &folder.join(name))?;
+    }
     symlink(&content.record, folder.join(layout::FILLED)).at(folder)?;
     files::sync_dir(folder).at(folder)
 }
 
-fn empty(folder: &Path) -> Result<()> {
+fn empty(place: &Place, folder: &Path) -> Result<()> {
     for name in [layout::FILLED, layout::ROOT, layout::MEM, layout::STATE, layout::KERNEL, layout::INITRD] {
         unlink(&folder.join(name))?;
     }
-    Ok(())
-}
-
-fn unlink(path: &Path) -> Result<()> {
-    match fs::remove_file(path) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error).at(path),
-        _ => Ok(()),
-    }
-}
-
-fn exists(path: &Path) -> bool {
-    fs::symlink_metadata(path).is_ok()
-}
-
-fn inode(path: &Path) -> Result<(u64, u64)> {
-    let found = fs::symlink_metadata(path).at(path)?;
-    Ok((found.dev(), found.ino()))
+    drive::reset(place, folder)
 }

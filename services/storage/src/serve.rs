@@ -36,10 +36,13 @@ pub async fn serve(ctx: Context, config: Config) -> Result<()> {
         }
     });
     let announced = tokio::spawn(announce(ctx.clone(), manager.clone()));
+    let hashing = manager.clone();
+    let hashed = tokio::spawn(async move { hashing.keep_hashed().await });
     let imported = tokio::spawn(async move { manager.import_all().await });
     ctx.stopped().await;
     announced.abort();
     imported.abort();
+    hashed.abort();
     Ok(())
 }
 

@@ -2,18 +2,24 @@
 
 use std::{
     fs,
-    os::unix::fs::FileExt,
+    os::unix::fs::{FileExt, MetadataExt, PermissionsExt},
     path::{Path, PathBuf},
     process::{Command, Output},
 };
 
 use nix::unistd::Gid;
-use pandastack_bus::storage::{Fill, StorageBackend as _, TemplateState};
+use pandastack_bus::storage::{
+    CaptureKind, Fill, Purpose, SnapshotInfo, SnapshotSpec, StorageBackend as _, TemplateState, VolumeUse,
+};
 use pandastack_storage::{Config, Manager, layout::Sources};
 
 /// Group of the sandboxes in tests; it needs no name.
 pub const GROUP: u32 = 45_991;
 pub const DISK_MIB: u64 = 64;
+/// Memory of captured machines, bytes; a MiB.
+pub const MEMORY: usize = 1 << 20;
+/// Names in a prepared directory: the program, the sockets, eight drives.
+pub const PREPARED: usize = 10;
 
 pub struct Disk {
     pub dir: tempfile::TempDir,
@@ -120,6 +126,91 @@ impl Disk {
         root.write_all_at(b"warmed up", 40 << 20).unwrap();
         manager.seal_template(id.into(), template.into()).await.unwrap();
     }
+
+    /// A sandbox that was restored from the bake of `base`, which is made if it is missing.
+    pub async fn restored(&self, manager: &Manager, id: &str) {
+        if self.bake("base").is_none() {
+            self.bake_with(manager, "zzzzzzzzzzzzzzzzzzzz", "base", &[b'a'; MEMORY]).await;
+            manager.release("zzzzzzzzzzzzzzzzzzzz".into()).await.unwrap();
+        }
+        manager.prepare(id.into()).await.unwrap();
+        manager.fill(id.into(), "base".into(), Fill::Baked, 0).await.unwrap();
+    }
+
+    /// What Firecracker writes: a page of `byte` and the rest as it is.
+    pub fn firecracker_writes(&self, id: &str, byte: u8) {
+        let open = |name| fs::File::options().write(true).open(self.sandbox(id).join(name)).unwrap();
+        let memory = open("c.mem");
+        memory.set_len(MEMORY as u64).unwrap();
+        memory.write_all_at(&[byte; 4096], 8192).unwrap();
+        open("c.state").write_all_at(b"registers", 0).unwrap();
+    }
+
+    /// A whole capture.
+    pub async fn capture(
+        &self,
+        manager: &Manager,
+        id: &str,
+        byte: u8,
+        spec: SnapshotSpec,
+    ) -> (CaptureKind, SnapshotInfo) {
+        let kind = manager.begin_capture(id.into()).await.unwrap();
+        self.firecracker_writes(id, byte);
+        manager.capture_disks(id.into(), true).await.unwrap();
+        (kind, manager.commit_capture(id.into(), spec).await.unwrap())
+    }
+
+    pub fn snapshot(&self, id: &str) -> PathBuf {
+        self.state.join("snapshots").join(id)
+    }
+
+    /// Writes as a guest does.
+    pub fn guest_writes(&self, id: &str, drive: &str, at: u64, bytes: &[u8]) {
+        let file = fs::File::options().write(true).open(self.sandbox(id).join(drive)).unwrap();
+        file.write_all_at(bytes, at).unwrap();
+    }
+}
+
+pub fn spec(id: &str, purpose: Purpose) -> SnapshotSpec {
+    SnapshotSpec {
+        id: id.into(),
+        workspace: "work".into(),
+        sandbox: "ssssssssssssssssssss".into(),
+        purpose,
+        template: "base".into(),
+        vcpus: 1,
+        memory_mib: 1,
+        disk_mib: DISK_MIB,
+        env: [("A".into(), "B".into())].into(),
+        volumes: Vec::new(),
+    }
+}
+
+pub fn volume(name: &str, read_only: bool) -> VolumeUse {
+    VolumeUse { name: name.into(), read_only }
+}
+
+pub fn inode(path: &Path) -> u64 {
+    fs::symlink_metadata(path).unwrap().ino()
+}
+
+pub fn access(path: &Path) -> (u32, u32) {
+    let found = fs::symlink_metadata(path).unwrap();
+    (found.permissions().mode() & 0o7777, found.gid())
+}
+
+pub fn bytes(path: &Path, at: u64, length: usize) -> Vec<u8> {
+    let mut bytes = vec![0; length];
+    fs::File::open(path).unwrap().read_exact_at(&mut bytes, at).unwrap();
+    bytes
+}
+
+/// Takes so much space that less than the reserve is free.
+pub fn fill_up(disk: &Disk, usage: &pandastack_bus::storage::Usage) -> fs::File {
+    let ballast = fs::File::create(disk.state.join("../ballast")).unwrap();
+    let length = i64::try_from(usage.free_bytes - usage.reserve_bytes + (64 << 20)).unwrap();
+    nix::fcntl::fallocate(&ballast, nix::fcntl::FallocateFlags::empty(), 0, length).unwrap();
+    ballast
 }
 
 impl Drop for Disk {

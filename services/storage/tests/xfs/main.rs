@@ -4,6 +4,9 @@
 #![allow(clippy::unwrap_used, reason = "a helper that fails is a test that fails")]
 
 mod bus;
+mod capture;
 mod disk;
 mod manager;
+mod snapshot;
 mod unprivileged;
+mod volume;

@@ -3,11 +3,10 @@
 use std::{
     fs,
     io::Write,
-    os::unix::fs::{FileExt, MetadataExt, PermissionsExt, symlink},
-    path::Path,
+    os::unix::fs::{FileExt, MetadataExt, symlink},
 };
 
-use super::disk::{DISK_MIB, Disk, GROUP, list, state_of};
+use super::disk::{DISK_MIB, Disk, GROUP, PREPARED, access, fill_up, inode, list, state_of};
 use pandastack_bus::{
     Error,
     storage::{Fill, StorageBackend as _, TemplateState},
@@ -17,15 +16,6 @@ use pandastack_storage::{Manager, StorageError};
 const A: &str = "aaaaaaaaaaaaaaaaaaaa";
 const B: &str = "bbbbbbbbbbbbbbbbbbbb";
 const C: &str = "cccccccccccccccccccc";
-
-fn inode(path: &Path) -> u64 {
-    fs::symlink_metadata(path).unwrap().ino()
-}
-
-fn access(path: &Path) -> (u32, u32) {
-    let found = fs::symlink_metadata(path).unwrap();
-    (found.permissions().mode() & 0o7777, found.gid())
-}
 
 #[tokio::test]
 async fn a_template_is_imported_once_and_again_when_its_disk_changes() {
@@ -102,7 +92,15 @@ async fn a_prepared_directory_gives_firecracker_what_it_needs_and_no_more() {
     assert_eq!(access(&folder.join("s")), (0o770, GROUP));
     assert_eq!(access(&folder.join("firecracker")), (0o550, GROUP));
     assert_eq!(access(folder.parent().unwrap()), (0o710, GROUP));
-    assert_eq!(list(&folder).len(), 2);
+    for name in ["w0.img", "w1.img", "w2.img", "w3.img"] {
+        assert_eq!(access(&folder.join(name)), (0o660, GROUP), "{name}");
+        assert_eq!(fs::metadata(folder.join(name)).unwrap().len(), 1 << 20);
+    }
+    for name in ["r0.img", "r1.img", "r2.img", "r3.img"] {
+        assert_eq!(access(&folder.join(name)), (0o440, GROUP), "{name}");
+        assert_eq!(inode(&folder.join(name)), inode(&disk.state.join("zero.img")));
+    }
+    assert_eq!(list(&folder).len(), PREPARED);
     assert_eq!(manager.owners().await.unwrap()[0].id, A);
 }
 
@@ -170,7 +168,7 @@ async fn a_disk_grows_and_never_shrinks() {
         let refused = manager.fill(B.into(), "base".into(), Fill::Baked, mib).await;
         assert!(matches!(refused, Err(Error::InvalidArgument(_))), "{mib}: {refused:?}");
     }
-    assert_eq!(list(&disk.sandbox(B)).len(), 2, "nothing was made");
+    assert_eq!(list(&disk.sandbox(B)).len(), PREPARED, "nothing was made");
 
     manager.fill(B.into(), "base".into(), Fill::Baked, DISK_MIB * 2).await.unwrap();
     assert_eq!(fs::metadata(disk.sandbox(B).join("root.img")).unwrap().len(), DISK_MIB << 21);
@@ -326,14 +324,12 @@ async fn below_the_reserve_nothing_is_made_and_everything_can_be_released() {
     manager.prepare(A.into()).await.unwrap();
     let usage = manager.usage().await.unwrap();
     assert_eq!(usage.reserve_bytes, 2 << 30);
-    let ballast = fs::File::create(disk.state.join("../ballast")).unwrap();
-    let length = i64::try_from(usage.free_bytes - usage.reserve_bytes + (64 << 20)).unwrap();
-    nix::fcntl::fallocate(&ballast, nix::fcntl::FallocateFlags::empty(), 0, length).unwrap();
+    let _ballast = fill_up(&disk, &usage);
 
     let refused = manager.fill(A.into(), "base".into(), Fill::Pristine, 0).await;
     assert!(matches!(refused, Err(Error::NoSpace(_))), "{refused:?}");
     assert!(matches!(manager.prepare_capture(A.into()).await, Err(Error::NoSpace(_))));
-    assert_eq!(list(&disk.sandbox(A)).len(), 2);
+    assert_eq!(list(&disk.sandbox(A)).len(), PREPARED);
     assert!(manager.release(A.into()).await.unwrap());
     assert!(!manager.release(A.into()).await.unwrap());
 }

@@ -7,11 +7,11 @@ use std::{
     process::{Command, Stdio},
 };
 
-use super::disk::{DISK_MIB, Disk, GROUP, list};
+use super::disk::{DISK_MIB, Disk, GROUP, list, spec, volume};
 use nix::unistd::Gid;
 use pandastack_bus::{
     Error,
-    storage::{Fill, StorageBackend as _},
+    storage::{Fill, Purpose, StorageBackend as _},
 };
 use pandastack_storage::{Config, Manager, layout::Sources};
 
@@ -42,6 +42,24 @@ async fn step() {
                 manager.fill(id.into(), "base".into(), Fill::Pristine, 0).await.unwrap();
                 manager.prepare_capture(id.into()).await.unwrap();
             }
+        }
+        "begin" => {
+            manager.seal_template(B.into(), "base".into()).await.unwrap();
+            assert!(manager.release(A.into()).await.unwrap());
+            assert!(manager.prepare(A.into()).await.unwrap());
+            manager.fill(A.into(), "base".into(), Fill::Baked, 0).await.unwrap();
+            manager.create_volume("work".into(), "data".into(), 8).await.unwrap();
+            let uses = vec![volume("data", false)];
+            manager.hold_volumes(A.into(), "work".into(), uses.clone()).await.unwrap();
+            manager.insert_volumes(A.into(), A.into(), "work".into(), uses).await.unwrap();
+            manager.begin_capture(A.into()).await.unwrap();
+        }
+        "commit" => {
+            manager.capture_disks(A.into(), true).await.unwrap();
+            manager.commit_capture(A.into(), spec(A, Purpose::Snapshot)).await.unwrap();
+            assert!(manager.release(B.into()).await.unwrap());
+            assert!(manager.prepare(B.into()).await.unwrap());
+            manager.fill_snapshot(B.into(), A.into()).await.unwrap();
         }
         "seal" => manager.seal_template(B.into(), "base".into()).await.unwrap(),
         "release" => assert!(manager.release(A.into()).await.unwrap()),
@@ -174,5 +192,40 @@ fn firecracker_can_use_its_directory_and_change_nothing_in_it() {
     for name in ["mem", "state", "root.img"] {
         assert!(!firecracker(&format!("echo x >>{at}/{name}")), "{name} is sealed");
         assert!(firecracker(&format!("cat {at}/{name} >/dev/null")), "{name} can be read");
+    }
+}
+
+#[test]
+fn firecracker_writes_its_part_of_a_capture_and_nothing_of_a_snapshot() {
+    let Some(disk) = mount() else { return };
+    for above in [disk.state.clone(), disk.state.join("sandboxes")] {
+        fs::set_permissions(above, fs::Permissions::from_mode(0o755)).unwrap();
+    }
+    let (parent, child) = (disk.sandbox(A), disk.sandbox(B));
+    let at = child.display();
+    assert!(firecracker(&format!("truncate -s 1M {at}/mem && echo registers >{at}/state")));
+    run(&disk, "begin");
+    fs::set_permissions(disk.state.join("sandboxes"), fs::Permissions::from_mode(0o755)).unwrap();
+    let at = parent.display();
+    assert!(firecracker(&format!(
+        "echo pages | dd of={at}/c.mem conv=notrunc && echo registers >{at}/c.state"
+    )));
+    assert!(firecracker(&format!("echo x | dd of={at}/w0.img conv=notrunc bs=1 seek=4194304")));
+    for script in
+        ["rm {}/c.mem", "mv {}/c.state {}/x", "ln -sf /etc/passwd {}/c.root.img", "echo x >>{}/r0.img"]
+    {
+        assert!(!firecracker(&script.replace("{}", &at.to_string())), "{script}");
+    }
+
+    run(&disk, "commit");
+
+    fs::set_permissions(disk.state.join("sandboxes"), fs::Permissions::from_mode(0o755)).unwrap();
+    for folder in [parent, child] {
+        let at = folder.display();
+        assert!(firecracker(&format!("cat {at}/mem {at}/state {at}/r0.img >/dev/null")));
+        assert!(firecracker(&format!("echo x | dd of={at}/w0.img conv=notrunc")));
+        for name in ["mem", "state", "r0.img"] {
+            assert!(!firecracker(&format!("echo x >>{at}/{name}")), "{name}");
+        }
     }
 }

@@ -1,0 +1,169 @@
+//! The verbs of the bus, each as one call of what does it: alone with what it changes, in a task of its own.
+
+use pandastack_bus::{self as bus, storage::*};
+
+use crate::{
+    capture,
+    manager::{Manager, id_of},
+    progress::Entry,
+    sandbox,
+};
+
+/// Longest reason of a failure that is kept, characters.
+const REASON_LIMIT: usize = 1000;
+
+impl StorageBackend for Manager {
+    async fn templates(&self) -> bus::Result<Vec<TemplateInfo>> {
+        Ok(self.inner.catalogue.values().map(Entry::info).collect())
+    }
+
+    async fn template(&self, name: String) -> bus::Result<TemplateInfo> {
+        Ok(self.inner.find(&name)?.info())
+    }
+
+    async fn prepare(&self, id: String) -> bus::Result<bool> {
+        self.with(&id, "prepare", |inner, id| sandbox::prepare(&inner.place, id, &inner.artefacts)).await
+    }
+
+    async fn fill(&self, id: String, template: String, fill: Fill, disk_mib: u64) -> bus::Result<()> {
+        self.with(&id, "fill", move |inner, id| inner.fill(id, &template, fill, disk_mib)).await
+    }
+
+    async fn ensure_kernel(&self, id: String) -> bus::Result<()> {
+        self.with(&id, "ensure_kernel", |inner, id| {
+            sandbox::ensure_kernel(&inner.place, id, &inner.artefacts)
+        })
+        .await
+    }
+
+    async fn prepare_capture(&self, id: String) -> bus::Result<()> {
+        self.with(&id, "prepare_capture", |inner, id| sandbox::prepare_capture(&inner.place, id)).await
+    }
+
+    async fn seal_template(&self, id: String, template: String) -> bus::Result<()> {
+        self.with(&id, "seal_template", move |inner, id| inner.seal(id, &template)).await
+    }
+
+    async fn fail_template(&self, template: String, reason: String) -> bus::Result<()> {
+        let entry = self.inner.find(&template)?;
+        let reason: String = reason.chars().take(REASON_LIMIT).collect();
+        tracing::error!(template = %entry.name(), "could not be baked: {reason}");
+        self.inner.change(entry, |progress| progress.failure = Some(reason));
+        Ok(())
+    }
+
+    async fn release(&self, id: String) -> bus::Result<bool> {
+        self.with(&id, "release", |inner, id| inner.place.remove(&inner.place.layout.sandbox(id))).await
+    }
+
+    async fn begin_capture(&self, id: String) -> bus::Result<CaptureKind> {
+        self.with(&id, "begin_capture", |inner, id| capture::begin(&inner.place, id)).await
+    }
+
+    async fn capture_disks(&self, id: String, volumes: bool) -> bus::Result<()> {
+        self.with(&id, "capture_disks", move |inner, id| capture::disks(&inner.place, id, volumes)).await
+    }
+
+    async fn commit_capture(&self, id: String, spec: SnapshotSpec) -> bus::Result<SnapshotInfo> {
+        let snapshot = spec.id.clone();
+        self.with_both(&id, &snapshot, "commit_capture", move |inner, id| {
+            inner.snapshots.commit(&inner.place, id, spec)
+        })
+        .await
+    }
+
+    async fn abort_capture(&self, id: String) -> bus::Result<()> {
+        self.with(&id, "abort_capture", |inner, id| capture::abort(&inner.place, id)).await
+    }
+
+    async fn copy_snapshot(&self, from: String, spec: SnapshotSpec) -> bus::Result<SnapshotInfo> {
+        let (from, snapshot) = (id_of(&from)?, spec.id.clone());
+        self.with_snapshot(&snapshot, "copy_snapshot", move |inner, _| {
+            inner.snapshots.copy(&inner.place, &inner.volumes, &from, spec)
+        })
+        .await
+    }
+
+    async fn fill_snapshot(&self, id: String, snapshot: String) -> bus::Result<()> {
+        let snapshot = id_of(&snapshot)?;
+        self.with(&id, "fill_snapshot", move |inner, id| inner.snapshots.fill(&inner.place, id, &snapshot))
+            .await
+    }
+
+    async fn snapshots(&self, workspace: String) -> bus::Result<Vec<SnapshotInfo>> {
+        Ok(self.inner.snapshots.list(&workspace))
+    }
+
+    async fn snapshot(&self, snapshot: String) -> bus::Result<SnapshotInfo> {
+        Ok(self.inner.snapshots.find(&id_of(&snapshot)?)?.info())
+    }
+
+    async fn delete_snapshot(&self, snapshot: String) -> bus::Result<bool> {
+        self.with_snapshot(&snapshot, "delete_snapshot", |inner, id| inner.snapshots.delete(&inner.place, id))
+            .await
+    }
+
+    async fn create_volume(&self, workspace: String, name: String, size_mib: u64) -> bus::Result<VolumeInfo> {
+        self.run("create_volume", move |inner| {
+            inner.volumes.create(&inner.place, &workspace, &name, size_mib)
+        })
+        .await
+    }
+
+    async fn volumes(&self, workspace: String) -> bus::Result<Vec<VolumeInfo>> {
+        self.run("volumes", move |inner| Ok(inner.volumes.list(&inner.place.layout, &workspace))).await
+    }
+
+    async fn volume(&self, workspace: String, name: String) -> bus::Result<VolumeInfo> {
+        self.run("volume", move |inner| inner.volumes.info(&inner.place.layout, &workspace, &name)).await
+    }
+
+    async fn delete_volume(&self, workspace: String, name: String) -> bus::Result<bool> {
+        self.run("delete_volume", move |inner| inner.volumes.delete(&inner.place, &workspace, &name)).await
+    }
+
+    async fn grow_volume(&self, workspace: String, name: String, size_mib: u64) -> bus::Result<VolumeInfo> {
+        self.run("grow_volume", move |inner| inner.volumes.grow(&inner.place, &workspace, &name, size_mib))
+            .await
+    }
+
+    async fn hold_volumes(
+        &self,
+        sandbox: String,
+        workspace: String,
+        volumes: Vec<VolumeUse>,
+    ) -> bus::Result<()> {
+        let sandbox = id_of(&sandbox)?;
+        self.run("hold_volumes", move |inner| {
+            inner.volumes.hold(&inner.place, &sandbox, &workspace, &volumes)
+        })
+        .await
+    }
+
+    async fn drop_volumes(&self, sandbox: String) -> bus::Result<()> {
+        let sandbox = id_of(&sandbox)?;
+        self.run("drop_volumes", move |inner| inner.volumes.drop_of(&inner.place, &sandbox)).await
+    }
+
+    async fn insert_volumes(
+        &self,
+        id: String,
+        sandbox: String,
+        workspace: String,
+        volumes: Vec<VolumeUse>,
+    ) -> bus::Result<()> {
+        let sandbox = id_of(&sandbox)?;
+        self.with(&id, "insert_volumes", move |inner, id| {
+            inner.volumes.insert(&inner.place, id, &sandbox, &workspace, &volumes)
+        })
+        .await
+    }
+
+    async fn owners(&self) -> bus::Result<Vec<Owner>> {
+        self.run("owners", |inner| sandbox::owners(&inner.place.layout)).await
+    }
+
+    async fn usage(&self) -> bus::Result<Usage> {
+        self.run("usage", |inner| inner.place.usage()).await
+    }
+}

@@ -1,0 +1,405 @@
+//! Volumes: disks of a workspace that outlive sandboxes, and who has them.
+//!
+//! Owns `volumes/` and `holds/` and the index of both, which is read at the start. Refuses to know what is in a volume:
+//! its file system is made before any guest has it and is the guest's from then on.
+//!
+//! A hold is one file per sandbox, so that a sandbox has all of its volumes or none. Its writer opens the file by its
+//! group; a reader opens the same file, and there it is Firecracker that refuses writes: the drive was made read-only
+//! with the machine (`is_read_only`), the file is opened for reading only, and a guest can change neither.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs::{self, OpenOptions},
+    os::unix::fs::{MetadataExt, OpenOptionsExt},
+    path::{Path, PathBuf},
+    sync::{Mutex, MutexGuard, PoisonError},
+};
+
+use nix::fcntl::OFlag;
+use pandastack_bus::{
+    SandboxId,
+    storage::{VolumeInfo, VolumeUse},
+};
+use pandastack_daemon::{chain, files};
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    bake::now_unix_ms,
+    drive,
+    error::{At, Result, StorageError},
+    hold::{Answer, Held, Hold, Holds},
+    import::write_manifest,
+    layout::{self, Layout},
+    mkfs,
+    place::{Place, children, create, remove_tree, same_file},
+    sandbox,
+};
+
+/// Largest volume, MiB.
+pub const SIZE_LIMIT_MIB: u64 = 65536;
+const LIMIT: u64 = 64 * 1024;
+const VERSION: u32 = 1;
+
+/// What a volume is.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+struct Manifest {
+    version: u32,
+    workspace: String,
+    name: String,
+    size_mib: u64,
+    created_unix_ms: u64,
+}
+
+#[derive(Debug)]
+struct Volume {
+    id: SandboxId,
+    manifest: Manifest,
+}
+
+#[derive(Debug, Default)]
+struct Index {
+    /// By workspace and name.
+    volumes: BTreeMap<(String, String), Volume>,
+    holds: Holds,
+}
+
+/// A volume and the drive that it is to be.
+type Assigned<'a> = (&'a VolumeUse, &'static str);
+
+/// All volumes. Changes are short but for the making of a file system, so one lock is enough.
+#[derive(Debug)]
+pub struct Volumes {
+    index: Mutex<Index>,
+}
+
+impl Volumes {
+    /// Reads all of them.
+    ///
+    /// # Errors
+    /// A folder cannot be read. A volume whose manifest cannot be read stays and is logged.
+    pub fn open(layout: &Layout) -> Result<Self> {
+        let mut index = Index::default();
+        for folder in children(&layout.volumes())? {
+            let Some(id) = folder.file_name().and_then(|name| name.to_str()?.parse::<SandboxId>().ok())
+            else {
+                continue;
+            };
+            files::remove_leftovers(&folder).at(&folder)?;
+            match read::<Manifest>(&folder.join(layout::MANIFEST)) {
+                Ok(manifest) if manifest.version == VERSION => {
+                    let key = (manifest.workspace.clone(), manifest.name.clone());
+                    index.volumes.insert(key, Volume { id, manifest });
+                }
+                Ok(manifest) => tracing::error!(volume = %id, "unknown format {}", manifest.version),
+                Err(error) => tracing::error!(volume = %id, "{}", chain(&error)),
+            }
+        }
+        files::remove_leftovers(&layout.holds()).at(&layout.holds())?;
+        for path in children(&layout.holds())? {
+            let Some(sandbox) = path.file_stem().and_then(|name| name.to_str()?.parse::<SandboxId>().ok())
+            else {
+                continue;
+            };
+            match read::<Hold>(&path) {
+                Ok(hold) => index.holds.insert(sandbox, hold),
+                Err(error) => tracing::error!(%sandbox, "its volumes are not known: {}", chain(&error)),
+            }
+        }
+        Ok(Self { index: Mutex::new(index) })
+    }
+
+    /// Makes one with an empty file system, durably.
+    ///
+    /// # Errors
+    /// [`StorageError::Invalid`], [`StorageError::Exists`], [`StorageError::NoSpace`].
+    pub fn create(&self, place: &Place, workspace: &str, name: &str, size_mib: u64) -> Result<VolumeInfo> {
+        check(workspace, name, size_mib)?;
+        let free = |index: &Index| {
+            if index.volumes.contains_key(&key(workspace, name)) {
+                Err(StorageError::Exists(format!("volume {name:?} is there already")))
+            } else {
+                Ok(())
+            }
+        };
+        free(&self.lock())?;
+        place.admit_bytes(size_mib << 20)?;
+        let staged = place.stage("volume")?;
+        let path = staged.path().join(layout::DISK);
+        let file = create(&path, 0o600)?;
+        file.set_len(size_mib << 20).at(&path)?;
+        mkfs::ext4(&path, name)?;
+        place.share(&path, drive::WRITABLE)?;
+        file.sync_all().at(&path)?;
+        let manifest = Manifest {
+            version: VERSION,
+            workspace: workspace.to_owned(),
+            name: name.to_owned(),
+            size_mib,
+            created_unix_ms: now_unix_ms(),
+        };
+        write_manifest(staged.path(), &manifest)?;
+        let id = SandboxId::random();
+        let mut index = self.lock();
+        // Somebody may have been faster.
+        free(&index)?;
+        staged.commit(&place.layout.volume(&id))?;
+        index.volumes.insert(key(workspace, name), Volume { id, manifest });
+        index.info(&place.layout, workspace, name)
+    }
+
+    /// The volumes of a workspace by name; of all workspaces for the empty name.
+    pub fn list(&self, layout: &Layout, workspace: &str) -> Vec<VolumeInfo> {
+        let index = self.lock();
+        let wanted = index
+            .volumes
+            .values()
+            .filter(|volume| workspace.is_empty() || volume.manifest.workspace == workspace);
+        wanted.map(|volume| index.describe(layout, volume)).collect()
+    }
+
+    /// One of them.
+    ///
+    /// # Errors
+    /// [`StorageError::NotFound`].
+    pub fn info(&self, layout: &Layout, workspace: &str, name: &str) -> Result<VolumeInfo> {
+        self.lock().info(layout, workspace, name)
+    }
+
+    /// Makes one vanish, durably, then makes room. Answers whether it was there.
+    ///
+    /// # Errors
+    /// [`StorageError::WrongState`] while a sandbox has it; [`StorageError::Incomplete`]: it has vanished, but some of it
+    /// still takes up space.
+    pub fn delete(&self, place: &Place, workspace: &str, name: &str) -> Result<bool> {
+        let trashed = {
+            let mut index = self.lock();
+            let Some(volume) = index.volumes.get(&key(workspace, name)) else { return Ok(false) };
+            index.unused(volume)?;
+            let trashed = place.discard(&place.layout.volume(&volume.id))?;
+            index.volumes.remove(&key(workspace, name));
+            trashed
+        };
+        let failures = trashed.map(|path| remove_tree(&path)).unwrap_or_default();
+        if failures.is_empty() { Ok(true) } else { Err(StorageError::Incomplete(failures)) }
+    }
+
+    /// Makes one larger, durably; the file system in it is left to the guest.
+    ///
+    /// # Errors
+    /// [`StorageError::NotFound`]; [`StorageError::WrongState`] while a sandbox has it; [`StorageError::Invalid`] when it
+    /// would shrink or be too large; [`StorageError::NoSpace`].
+    pub fn grow(&self, place: &Place, workspace: &str, name: &str, size_mib: u64) -> Result<VolumeInfo> {
+        check(workspace, name, size_mib)?;
+        let mut index = self.lock();
+        let volume = index.find(workspace, name)?;
+        index.unused(volume)?;
+        let now = volume.manifest.size_mib;
+        if size_mib < now {
+            return Err(StorageError::Invalid(format!("volume {name:?} has {now} MiB and never shrinks")));
+        }
+        if size_mib > now {
+            place.admit_bytes((size_mib - now) << 20)?;
+            let folder = place.layout.volume(&volume.id);
+            let path = folder.join(layout::DISK);
+            let flags = OFlag::O_NOFOLLOW.bits();
+            let file = OpenOptions::new().write(true).custom_flags(flags).open(&path).at(&path)?;
+            file.set_len(size_mib << 20).at(&path)?;
+            file.sync_all().at(&path)?;
+            // Cut short here, the file is larger than it says, which is no harm.
+            let manifest = Manifest { size_mib, ..volume.manifest.clone() };
+            write_manifest(&folder, &manifest)?;
+            if let Some(volume) = index.volumes.get_mut(&key(workspace, name)) {
+                volume.manifest = manifest;
+            }
+        }
+        index.info(&place.layout, workspace, name)
+    }
+
+    /// Records that a sandbox has these, durably, all or none.
+    ///
+    /// # Errors
+    /// [`StorageError::Invalid`], [`StorageError::NotFound`]; [`StorageError::WrongState`] when somebody else has one of
+    /// them, or the sandbox has others.
+    pub fn hold(
+        &self,
+        place: &Place,
+        sandbox: &SandboxId,
+        workspace: &str,
+        volumes: &[VolumeUse],
+    ) -> Result<()> {
+        drive::assign(volumes)?;
+        let names: BTreeSet<_> = volumes.iter().map(|volume| &volume.name).collect();
+        if names.len() < volumes.len() {
+            return Err(StorageError::Invalid("a sandbox has a volume once".into()));
+        }
+        let mut index = self.lock();
+        let held = volumes.iter().map(|volume| index.held(workspace, volume));
+        let hold = Hold { volumes: held.collect::<Result<_>>()? };
+        match index.holds.ask(sandbox, &hold) {
+            Answer::Free if volumes.is_empty() => return Ok(()),
+            Answer::Same => return Ok(()),
+            Answer::Free => {}
+            Answer::Others => {
+                return Err(StorageError::WrongState(format!("sandbox {sandbox} has other volumes")));
+            }
+            Answer::Taken(taken) => {
+                let taken = hold.volumes.iter().position(|held| held.volume == taken);
+                let name = taken.map_or("", |at| volumes[at].name.as_str());
+                return Err(StorageError::WrongState(format!("volume {name:?} is used by another sandbox")));
+            }
+        }
+        let path = place.layout.hold(sandbox);
+        let bytes = serde_json::to_vec(&hold).map_err(std::io::Error::from).at(&path)?;
+        files::write_atomic(&path, &bytes, 0o600).at(&path).inspect_err(|_| {
+            // It may be there all the same, and nobody was told.
+            if let Err(error) = files::remove_durably(&path) {
+                tracing::error!(%sandbox, "holds volumes without need: {error}");
+            }
+        })?;
+        index.holds.insert(sandbox.clone(), hold);
+        Ok(())
+    }
+
+    /// Records that a sandbox has none any more, durably.
+    ///
+    /// # Errors
+    /// The record cannot be removed.
+    pub fn drop_of(&self, place: &Place, sandbox: &SandboxId) -> Result<()> {
+        let mut index = self.lock();
+        let path = place.layout.hold(sandbox);
+        files::remove_durably(&path).at(&path)?;
+        index.holds.remove(sandbox);
+        Ok(())
+    }
+
+    /// Puts volumes that `sandbox` has in the place of drives in the directory `id`, durably. The caller is alone with it.
+    ///
+    /// # Errors
+    /// [`StorageError::NotFound`]; [`StorageError::WrongState`] when the sandbox does not have one of them so.
+    pub fn insert(
+        &self,
+        place: &Place,
+        id: &SandboxId,
+        sandbox: &SandboxId,
+        workspace: &str,
+        volumes: &[VolumeUse],
+    ) -> Result<()> {
+        let folder = sandbox::existing(&place.layout, id)?;
+        let index = self.lock();
+        let disks = index.disks(&place.layout, sandbox, workspace, drive::assign(volumes)?)?;
+        let staged = place.stage("volumes")?;
+        for (disk, name) in disks {
+            let target = folder.join(name);
+            if !same_file(&disk, &target) {
+                let link = staged.path().join(name);
+                fs::hard_link(&disk, &link).at(&disk)?;
+                fs::rename(&link, &target).at(&target)?;
+            }
+        }
+        files::sync_dir(&folder).at(&folder)
+    }
+
+    /// The disks of volumes that `sandbox` has, each with the drive that it is.
+    ///
+    /// # Errors
+    /// As [`Volumes::insert`].
+    pub fn disks<'a>(
+        &self,
+        layout: &Layout,
+        sandbox: &SandboxId,
+        workspace: &str,
+        volumes: impl IntoIterator<Item = Assigned<'a>>,
+    ) -> Result<Vec<(PathBuf, &'static str)>> {
+        self.lock().disks(layout, sandbox, workspace, volumes)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Index> {
+        self.index.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Index {
+    fn find(&self, workspace: &str, name: &str) -> Result<&Volume> {
+        self.volumes.get(&key(workspace, name)).ok_or_else(|| {
+            let shown: String = name.chars().take(64).collect();
+            StorageError::NotFound(format!("volume {shown:?} not found"))
+        })
+    }
+
+    fn info(&self, layout: &Layout, workspace: &str, name: &str) -> Result<VolumeInfo> {
+        Ok(self.describe(layout, self.find(workspace, name)?))
+    }
+
+    fn describe(&self, layout: &Layout, volume: &Volume) -> VolumeInfo {
+        let found = fs::symlink_metadata(layout.volume(&volume.id).join(layout::DISK));
+        let Manifest { workspace, name, size_mib, created_unix_ms, .. } = volume.manifest.clone();
+        VolumeInfo {
+            workspace,
+            name,
+            size_mib,
+            used_bytes: found.map_or(0, |found| found.blocks() * 512),
+            created_unix_ms,
+            holders: self.holds.of(&volume.id).into_iter().map(ToString::to_string).collect(),
+        }
+    }
+
+    fn unused(&self, volume: &Volume) -> Result<()> {
+        match self.holds.of(&volume.id).first() {
+            None => Ok(()),
+            Some(sandbox) => {
+                let name = &volume.manifest.name;
+                Err(StorageError::WrongState(format!("volume {name:?} is used by sandbox {sandbox}")))
+            }
+        }
+    }
+
+    fn held(&self, workspace: &str, volume: &VolumeUse) -> Result<Held> {
+        let id = self.find(workspace, &volume.name)?.id.clone();
+        Ok(Held { volume: id, read_only: volume.read_only })
+    }
+
+    fn disks<'a>(
+        &self,
+        layout: &Layout,
+        sandbox: &SandboxId,
+        workspace: &str,
+        volumes: impl IntoIterator<Item = Assigned<'a>>,
+    ) -> Result<Vec<(PathBuf, &'static str)>> {
+        let disk = |(volume, drive): Assigned<'a>| {
+            let held = self.held(workspace, volume)?;
+            if self.holds.has(sandbox, &held) {
+                return Ok((layout.volume(&held.volume).join(layout::DISK), drive));
+            }
+            let name = &volume.name;
+            Err(StorageError::WrongState(format!("sandbox {sandbox} does not hold volume {name:?} so")))
+        };
+        volumes.into_iter().map(disk).collect()
+    }
+}
+
+fn key(workspace: &str, name: &str) -> (String, String) {
+    (workspace.to_owned(), name.to_owned())
+}
+
+fn check(workspace: &str, name: &str, size_mib: u64) -> Result<()> {
+    let good = (1..=64).contains(&name.len())
+        && !matches!(name, "." | "..")
+        && name.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b'-'));
+    if !good {
+        let text = "a volume's name has 1 to 64 of A-Z, a-z, 0-9, '.', '_' and '-'";
+        return Err(StorageError::Invalid(text.into()));
+    }
+    if workspace.is_empty() || workspace.len() > 256 {
+        return Err(StorageError::Invalid("a volume belongs to a workspace".into()));
+    }
+    if !(1..=SIZE_LIMIT_MIB).contains(&size_mib) {
+        return Err(StorageError::Invalid(format!("a volume has 1 to {SIZE_LIMIT_MIB} MiB")));
+    }
+    Ok(())
+}
+
+fn read<T: serde::de::DeserializeOwned>(path: &Path) -> Result<T> {
+    let missing = || std::io::Error::from(std::io::ErrorKind::NotFound);
+    let bytes = files::read_limited(path, LIMIT).and_then(|bytes| bytes.ok_or_else(missing)).at(path)?;
+    serde_json::from_slice(&bytes).map_err(std::io::Error::from).at(path)
+}
