@@ -51,7 +51,11 @@ pub fn run(directory: &Path, rounds: u32) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-fn wait_baked(running: &Running, say: &dyn Fn(&str)) -> Result<()> {
+/// Waits until every template of the catalogue can be restored from.
+///
+/// # Errors
+/// When one of them takes longer than twenty minutes.
+pub fn wait_baked(running: &Running, say: &dyn Fn(&str)) -> Result<()> {
     let call = "busctl --json=short call ai.pandastack.storage1 /ai/pandastack/storage1 ai.pandastack.storage1.Manager Templates";
     let deadline = Instant::now() + Duration::from_secs(1200);
     let mut said = Instant::now();
