@@ -18,9 +18,11 @@ pub mod http;
 pub mod image;
 pub mod machine;
 pub mod qmp;
+pub mod running;
 pub mod soak;
 pub mod ssh;
 pub mod workbench;
 pub mod writelog;
 
-pub use appliance::{Appliance, Running};
+pub use appliance::Appliance;
+pub use running::Running;
