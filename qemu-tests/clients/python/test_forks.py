@@ -61,6 +61,7 @@ def test_a_tree_comes_in_order_as_full_objects(client, http, fresh, making):
     making(*(client.sandboxes.get(child["id"]) for child in body["children"]))
 
     assert answer.status_code == 201 and body["errors"] == [] and body["parent_id"] == fresh.id and body["tree_id"]
+    assert isinstance(body["paused_us"], int)
     assert [child["metadata"]["fork_index"] for child in body["children"]] == ["0", "1", "2"]
     for child in body["children"]:
         metadata = child["metadata"]

@@ -1,11 +1,12 @@
-//! How long a parent's processors stand still while it is forked. The HTTP answer does not say; vmm does.
-
-use std::collections::BTreeMap;
+//! How long a parent's processors stand still while it is forked, as the answer says (`paused_us`).
 
 use anyhow::{Context, Result};
-use pandastack_bus::vmm::{Child, VmmProxy};
+use serde_json::json;
 
-use crate::{Table, tools::Api};
+use crate::{
+    Table,
+    tools::{Api, children},
+};
 
 const ROUNDS: usize = 6;
 /// Rounds with a dirty disk: writing half a GiB takes long under emulation.
@@ -18,22 +19,20 @@ const DIRTY_DISK: &str =
 
 /// `fork_pause_256m`, `fork_pause_2g_over_256m`, `fork_pause_512m_disk_over_2g`.
 pub async fn measure(api: &mut Api, template: &str, small: &str, table: &mut Table) -> Result<()> {
-    let bus = pandastack_bus::system().await.context("the system bus")?;
-    let vmm = VmmProxy::new(&bus).await?;
     let (little, _, _) = api.create(small).await?;
     let (large, _, _) = api.create(template).await?;
     let (mut littles, mut larges, mut disks) = (vec![], vec![], vec![]);
     // The first capture of each is not counted: what a guest touches soon after its restore is in it.
     for round in 0..=ROUNDS {
         for (id, series) in [(&little, &mut littles), (&large, &mut larges)] {
-            let paused = fork(api, &vmm, id, DIRTY_MEMORY).await?;
+            let paused = fork(api, id, DIRTY_MEMORY).await?;
             if round > 0 {
                 series.push(paused);
             }
         }
     }
     for _ in 0..DISK_ROUNDS {
-        disks.push(fork(api, &vmm, &large, &format!("{DIRTY_MEMORY} && {DIRTY_DISK}")).await?);
+        disks.push(fork(api, &large, &format!("{DIRTY_MEMORY} && {DIRTY_DISK}")).await?);
     }
     for id in [little, large] {
         api.delete(&id).await?;
@@ -46,13 +45,12 @@ pub async fn measure(api: &mut Api, template: &str, small: &str, table: &mut Tab
 }
 
 /// Makes a parent dirty and forks it; microseconds that it stood still.
-async fn fork(api: &mut Api, vmm: &VmmProxy<'_>, id: &str, dirty: &str) -> Result<f64> {
+async fn fork(api: &mut Api, id: &str, dirty: &str) -> Result<f64> {
     api.exec(id, dirty).await?;
     api.slots_full().await?;
-    let child = Child { metadata: BTreeMap::new(), ttl_seconds: 300, persistent: false };
-    let told = vmm.fork(String::new(), id.to_owned(), vec![child]).await.context("Fork")?;
-    for birth in told.children {
-        api.delete(&birth.id).await?;
+    let (answer, _) = api.verb(id, "fork", Some(&json!({}))).await?;
+    for child in children(&answer) {
+        api.delete(&child).await?;
     }
-    Ok(told.paused_us as f64)
+    answer["paused_us"].as_f64().with_context(|| format!("no paused_us: {answer}"))
 }
