@@ -42,8 +42,8 @@ pub fn run(directory: &Path, rounds: u32) -> Result<ExitCode> {
     let started = Instant::now();
     let say = |text: &str| eprintln!("[bench {:3}s] {text}", started.elapsed().as_secs());
     let mut running = Appliance::temporary()?
-        // Ten forks of 2 GiB are admitted at once.
-        .memory_mib(10_240)
+        // 20 creates of 2 GiB are admitted at once: each counts with what it may take in its first seconds.
+        .memory_mib(14_336)
         .credential("pandastack.api_token", TOKEN)
         .boot()?;
     say(&format!("booting a throw-away appliance ({:?}: {})", running.accelerator(), running.choice.because));

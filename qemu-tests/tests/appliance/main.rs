@@ -39,6 +39,7 @@ const TESTS: &[Test] = &[
     ("vmm_may_manage_nothing_but_sandboxes", operator::vmm_may_manage_nothing_but_sandboxes),
     ("python_client", clients::python),
     ("typescript_client", clients::typescript),
+    ("an_idle_persistent_sandbox_sleeps_until_it_is_used", sandboxes::an_idle_persistent_sandbox),
     ("every_copy_agrees_with_itself", exactness::every_copy_agrees),
     ("a_fork_makes_its_parent_wait_no_longer_than_its_pause", exactness::a_parent_waits_for_its_pause_only),
     ("random_state_changes_are_those_of_the_model", model::random_state_changes),
