@@ -1,10 +1,16 @@
 //! The booted appliance: the disk image in QEMU, for the tests and for `make run`.
 //!
 //! This crate owns the emulated machine (accelerator, disk, network, console, power) and the ways into it that an
-//! operator has: HTTP, SSH, the serial log. It refuses to know what the appliance does, beyond what says that it is ready. Everything is blocking; a test that has a runtime calls it from a blocking task.
+//! operator has: HTTP, SSH, the serial log. Those modules refuse to know what the appliance does: no sandbox, no route, no
+//! D-Bus name. Five know it, because the test suite and the `appliance` command share them: [`api`] (a small client),
+//! [`audit`] (who owns what), [`beat`] (a guest that compares its memory with its disk), [`soak`] (random state changes
+//! against a model) and [`bench`]; and `make run` asks the API when it is ready. Everything is blocking; a test that has a runtime calls it from a blocking task.
 
 pub mod accel;
+pub mod api;
 pub mod appliance;
+pub mod audit;
+pub mod beat;
 pub mod bench;
 pub mod console;
 pub mod disk;
@@ -12,8 +18,11 @@ pub mod http;
 pub mod image;
 pub mod machine;
 pub mod qmp;
+pub mod running;
+pub mod soak;
 pub mod ssh;
 pub mod workbench;
 pub mod writelog;
 
-pub use appliance::{Appliance, Running};
+pub use appliance::Appliance;
+pub use running::Running;

@@ -2,7 +2,10 @@
 
 use std::process::ExitCode;
 
-use qemu_tests::workbench::{self, Workbench};
+use qemu_tests::{
+    soak,
+    workbench::{self, Workbench},
+};
 
 const USAGE: &str = "\
 usage: appliance COMMAND
@@ -15,6 +18,8 @@ usage: appliance COMMAND
   push FILE…        try freshly built programs in the running appliance, until it restarts
   bench [ROUNDS]    measure a throw-away appliance; the table also goes to .run/bench.json
   push --units      the same for the unit files in systemd/system
+  soak [--steps N] [--seed N]
+                    random state changes in a throw-away appliance, compared with a model after each
 ";
 
 fn main() -> ExitCode {
@@ -28,6 +33,7 @@ fn main() -> ExitCode {
         ["shell", command @ ..] => workbench::shell(&bench, command),
         ["bench"] => qemu_tests::bench::run(bench.directory(), 20),
         ["bench", rounds] => qemu_tests::bench::run(bench.directory(), rounds.parse()?),
+        ["soak", options @ ..] => soak::run(soak::Options::parse(options)?),
         ["push", "--units"] => workbench::push_units(&bench),
         ["push", files @ ..] if !files.is_empty() => workbench::push(&bench, files),
         _ => {

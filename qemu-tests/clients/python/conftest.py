@@ -92,6 +92,23 @@ def fresh(client):
         pass
 
 
+@pytest.fixture
+def making():
+    """Sandboxes that a test makes in passing; whatever is left of them is killed."""
+    made = []
+
+    def keep(*sandboxes):
+        made.extend(sandboxes)
+        return sandboxes[0] if len(sandboxes) == 1 else sandboxes
+
+    yield keep
+    for sandbox in made:
+        try:
+            sandbox.kill()
+        except Exception:
+            pass
+
+
 @pytest.fixture(scope="session")
 def http():
     """Raw HTTP with the same token, for what the client never sends."""

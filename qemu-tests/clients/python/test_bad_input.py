@@ -114,11 +114,15 @@ def test_schemathesis_finds_no_server_error(http, foreign):
          "--header", "Authorization: Bearer " + os.environ["PANDASTACK_FOREIGN_KEY"],
          "--checks", "refusals_have_their_form", "--phases", "examples,coverage,fuzzing",
          "--max-examples", os.environ.get("SCHEMATHESIS_EXAMPLES", "10"), "--exclude-operation-id", "delete_sandbox",
-         "--exclude-operation-id", "revoke_token", "--generation-deterministic", "--request-timeout", "60", "--workers", "1"],
+         "--exclude-operation-id", "revoke_token",
+         # Every one of these that succeeds costs seconds and memory; test_state, test_forks and test_snapshots send them wrong bodies.
+         "--exclude-path-regex", r"\{id\}/(fork|fork-tree|snapshots|hibernate|stop|pause)$", "--generation-deterministic", "--request-timeout", "60", "--workers", "1"],
         capture_output=True, text=True, timeout=1100, cwd=here,
         env=os.environ | {"SCHEMATHESIS_HOOKS": "schemathesis_hooks", "PYTHONPATH": here, "SCHEMATHESIS_SANDBOX": target.id})
     for sandbox in foreign.sandboxes.list():
         sandbox.kill()
+    for volume in foreign.volumes.list():
+        foreign.volumes.delete(volume["name"])
     print([line for line in run.stdout.splitlines() if "generated" in line or "passed" in line or "Operations" in line])
     assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
 

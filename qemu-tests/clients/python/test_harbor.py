@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 from harbor_firecracker.environment import FirecrackerEnvironment
 from harbor_firecracker.errors import ExecTimeoutError
+from harbor_firecracker.rollouts import RolloutPool
 
 
 @pytest.fixture(scope="module")
@@ -41,3 +42,39 @@ def test_directories_travel_both_ways(environment, tmp_path):
 
 def test_it_is_healthy(environment):
     assert asyncio.run(environment.run_healthcheck()) is True
+
+
+def test_a_rollout_pool_is_warmed_forked_in_batches_and_closed(client, monkeypatch):
+    # Its batches have 16; three each show the same in a third of the memory.
+    monkeypatch.setattr(RolloutPool, "FORK_BATCH_CAP", 3)
+    before = {sandbox.id for sandbox in client.sandboxes.list()}
+    snapshots = {snapshot["id"] for snapshot in client.snapshots.list()}
+
+    pool = RolloutPool.warm("base", setup=lambda sandbox: sandbox.exec("echo warm > /dev/shm/setup; echo warm > /root/setup", check=True))
+    pool.base.exec("echo later >> /dev/shm/setup")
+    rollouts = pool.fork(5, metadata={"run": "suite"})
+    told = [rollout.sandbox.exec(f"echo {rollout.index} > /root/own; cat /dev/shm/setup /root/setup /root/own").stdout for rollout in rollouts]
+    more = pool.fork(1)
+    taken = {snapshot["id"] for snapshot in client.snapshots.list()} - snapshots
+    ids = {sandbox.id for sandbox in client.sandboxes.list()} - before
+    pool.close()
+    client.snapshots.delete(pool.snapshot_id)
+
+    assert told == [f"warm\nlater\nwarm\n{index}\n" for index in range(5)] and more[0].index == 5
+    assert all(rollout.fork_ms and rollout.sandbox.metadata["run"] == "suite" for rollout in rollouts)
+    assert len(ids) == 7 and taken == {pool.snapshot_id}
+    assert {sandbox.id for sandbox in client.sandboxes.list()} == before
+
+
+def test_stopping_without_deleting_hibernates(client):
+    made = FirecrackerEnvironment(environment_name="suite", session_id="s2", task_env_config=SimpleNamespace(template="base", ttl_seconds=900))
+    asyncio.run(made.start(force_build=False))
+    asyncio.run(made.exec("echo kept > /root/kept"))
+    before = [sandbox for sandbox in client.sandboxes.list() if sandbox.metadata.get("session_id") == "s2"]
+
+    asyncio.run(made.stop(delete=False))
+
+    (sandbox,) = before
+    assert client.sandboxes.get(sandbox.id).status == "hibernated"
+    assert sandbox.exec("cat /root/kept").stdout == "kept\n"
+    sandbox.kill()

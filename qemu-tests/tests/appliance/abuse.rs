@@ -3,7 +3,9 @@
 use anyhow::{Result, ensure};
 use serde_json::json;
 
-use crate::{api::Api, fixture::Fixture};
+use qemu_tests::api::Api;
+
+use crate::fixture::Fixture;
 
 /// A misbehaving guest and its neighbour.
 fn pair(api: &Api) -> Result<(String, String)> {

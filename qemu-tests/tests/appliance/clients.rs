@@ -30,7 +30,7 @@ pub fn typescript(fixture: &Fixture) -> Result<()> {
     let suite = Path::new(env!("CARGO_MANIFEST_DIR")).join("clients/typescript");
     let copy = image::cache()?.join("clients/typescript");
     fs::create_dir_all(&copy)?;
-    for file in ["package.json", ".npmrc", "suite.test.mjs"] {
+    for file in ["package.json", ".npmrc", "suite.test.mjs", "state.test.mjs"] {
         fs::copy(suite.join(file), copy.join(file))?;
     }
     if !copy.join("node_modules/@pandastack/sdk").exists() {
@@ -39,8 +39,10 @@ pub fn typescript(fixture: &Fixture) -> Result<()> {
         ensure!(status.success(), "npm install: {status}");
     }
     let mut run = Command::new("node");
-    run.args(["--test", "--test-concurrency=1", "--test-reporter=spec", "suite.test.mjs"]).current_dir(&copy);
-    finish(run, fixture)
+    run.args(["--test", "--test-concurrency=1", "--test-reporter=spec", "suite.test.mjs", "state.test.mjs"])
+        .current_dir(&copy);
+    finish(run, fixture)?;
+    fixture.assert_nothing_leaks()
 }
 
 fn finish(mut run: Command, fixture: &Fixture) -> Result<()> {

@@ -12,7 +12,9 @@ use std::{
 use anyhow::{Result, ensure};
 use serde_json::json;
 
-use crate::{api::Api, fixture::Fixture};
+use qemu_tests::api::Api;
+
+use crate::fixture::Fixture;
 
 const DAEMONS: [&str; 4] = ["vmm", "storage", "network", "api"];
 
@@ -154,7 +156,8 @@ pub fn an_index_that_is_gone_is_rebuilt(fixture: &Fixture) -> Result<()> {
     fixture.assert_nothing_leaks()
 }
 
-fn wait_active(fixture: &Fixture, daemon: &str) -> Result<()> {
+/// Waits until a daemon is up again.
+pub fn wait_active(fixture: &Fixture, daemon: &str) -> Result<()> {
     let deadline = Instant::now() + Duration::from_secs(60);
     loop {
         let state = fixture.ssh(&format!("systemctl is-active pandastack-{daemon}.service || true"))?;

@@ -3,9 +3,9 @@
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use qemu_tests::Appliance;
+use qemu_tests::{Appliance, api::Api};
 
-use crate::{api::Api, fixture::Fixture};
+use crate::fixture::Fixture;
 
 pub fn a_flashed_disk_boots_and_shows_its_first_token_once(_: &Fixture) -> Result<()> {
     let mut running = Appliance::temporary()?.memory_mib(3072).uefi().boot()?;

@@ -8,9 +8,7 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail};
-use qemu_tests::{Appliance, Running, image};
-
-use crate::{api::Api, audit};
+use qemu_tests::{Appliance, Running, api::Api, audit, image};
 
 /// Token that is preset by a system credential.
 const TOKEN: &str = "pds_0123456789abcdef0123456789abcdef";
@@ -145,7 +143,7 @@ impl Fixture {
 
     /// Nothing without an owner is left, once things have come to rest.
     pub fn assert_nothing_leaks(&self) -> Result<()> {
-        audit::settle(self, Duration::from_secs(90))
+        audit::settle(&|line| self.ssh(line), Duration::from_secs(90))
     }
 
     /// Prints what a person would look at first.

@@ -109,12 +109,12 @@ pub fn busctl_administers_tenancy(fixture: &Fixture) -> Result<()> {
 
     let token = fixture.foreign_token()?;
     let workspaces = fixture.ssh(&format!("{call} ListWorkspaces"))?;
-    let stranger = crate::api::Api::new(fixture.base()?, &token);
+    let stranger = qemu_tests::api::Api::new(fixture.base()?, &token);
     let sees = stranger.list()?;
     let once = fixture.ssh(&format!("{call} CreateToken ssu stranger once 0"))?;
     let once = once.trim().trim_start_matches("s \"").trim_end_matches('"').to_owned();
     fixture.ssh(&format!("{call} RevokeToken s {}", &once[..12]))?;
-    let refused = crate::api::Api::new(fixture.base()?, &once).call("GET", "/v1/me", None)?;
+    let refused = qemu_tests::api::Api::new(fixture.base()?, &once).call("GET", "/v1/me", None)?;
 
     ensure!(token.starts_with("pds_") && token.len() == 36, "{token}");
     ensure!(workspaces.contains("\"stranger\"") && workspaces.contains("\"default\""), "{workspaces}");

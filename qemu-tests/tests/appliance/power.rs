@@ -10,31 +10,55 @@ use std::{
 };
 
 use anyhow::{Context, Result, ensure};
-use serde_json::json;
+use qemu_tests::{api::Api, beat};
+use serde_json::{Value, json};
 
 use crate::{
-    api::Api,
     faults::{Told, load},
     fixture::Fixture,
+    power_state,
 };
 
-/// A persistent sandbox with a file that it has synced.
-pub fn persistent(api: &Api, text: &str) -> Result<String> {
-    let id = api.create(&json!({"template": "base", "persistent": true, "metadata": {"kept": text}}))?;
-    let wrote = api.exec(&id, &format!("python3 -c \"\nimport os\nf=open('/root/kept','w'); f.write('{text}'); f.flush(); os.fsync(f.fileno()); d=os.open('/root',os.O_RDONLY); os.fsync(d); print('synced')\""))?;
-    ensure!(wrote == "synced\n", "{wrote}");
+/// How a persistent sandbox comes back after the appliance was off.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Return {
+    /// Booted again from its own disk.
+    Cold,
+    /// From its hibernation image, its processes included.
+    Woken,
+    /// Whichever it was.
+    Either,
+}
+
+/// A persistent sandbox with a file that it has synced; also one on each of the volumes.
+pub fn persistent(api: &Api, text: &str, volumes: &[&str]) -> Result<String> {
+    let uses: Vec<Value> = volumes.iter().map(|name| json!({"name": name})).collect();
+    let id = api.create(
+        &json!({"template": "base", "persistent": true, "metadata": {"kept": text}, "volumes": uses}),
+    )?;
+    let mut places = vec!["/root".to_owned()];
+    places.extend(volumes.iter().map(|name| format!("/mnt/{name}")));
+    for place in places {
+        let wrote = api.exec(&id, &format!("python3 -c \"\nimport os\nf=open('{place}/kept','w'); f.write('{text}'); f.flush(); os.fsync(f.fileno()); d=os.open('{place}',os.O_RDONLY); os.fsync(d); print('synced')\""))?;
+        ensure!(wrote == "synced\n", "{wrote}");
+    }
     Ok(id)
 }
 
-/// Waits until it runs again, then reads the file back.
-pub fn came_back(api: &Api, id: &str, text: &str) -> Result<()> {
+/// Waits until it can be used again, then reads the file back.
+pub fn came_back(api: &Api, id: &str, text: &str, how: Return) -> Result<()> {
     let deadline = Instant::now() + Duration::from_secs(180);
     loop {
         let answer = api.get(id)?;
         ensure!(answer.status == 200, "{id} is lost: {answer:?}");
         match answer.body["status"].as_str().context("no status")? {
             "running" => {
-                ensure!(answer.body["boot_mode"] == "cold", "{answer:?}");
+                let cold = answer.body["boot_mode"] == "cold";
+                ensure!(how == Return::Either || cold == (how == Return::Cold), "{how:?}: {answer:?}");
+                break;
+            }
+            "hibernated" => {
+                ensure!(how != Return::Cold, "{answer:?}");
                 break;
             }
             "failed" => anyhow::bail!("{id} failed: {answer:?}"),
@@ -50,17 +74,28 @@ pub fn came_back(api: &Api, id: &str, text: &str) -> Result<()> {
 pub fn a_clean_shutdown_and_boot_keep_the_truth(fixture: &Fixture) -> Result<()> {
     let api = fixture.api()?;
     api.delete_all()?;
-    let (kept, lost) = (persistent(&api, "clean")?, api.create_base()?);
+    let (kept, lost) = (persistent(&api, "clean", &[])?, api.create_base()?);
+    beat::start(&api, &kept)?;
+    let kept_held = beat::ask(&api, &kept, "hold")?;
+    // Hibernated long before, and not persistent: nothing runs, so nothing is lost.
+    let asleep = api.create_base()?;
+    beat::start(&api, &asleep)?;
+    let asleep_held = beat::ask(&api, &asleep, "hold")?;
+    api.done(&asleep, "hibernate")?;
 
-    fixture.take()?.power_down(Duration::from_secs(120))?;
+    fixture.take()?.power_down(Duration::from_secs(240))?;
     fixture.start(|appliance| appliance)?;
 
     let api = fixture.api()?;
-    came_back(&api, &kept, "clean")?;
+    ensure!(api.status(&asleep)? == "hibernated", "{:?}", api.get(&asleep)?);
+    came_back(&api, &kept, "clean", Return::Woken)?;
+    for (id, held) in [(&kept, &kept_held), (&asleep, &asleep_held)] {
+        beat::whole(&api, id, held).context("its processes go on where they were")?;
+    }
     let events = fixture.ssh(&format!(
         "busctl call ai.pandastack.vmm1 /ai/pandastack/vmm1 ai.pandastack.vmm1.Manager Events s {kept}"
     ))?;
-    ensure!(events.contains("recover.cold_boot"), "{events}");
+    ensure!(!events.contains("recover.cold_boot"), "{events}");
     let answer = api.get(&lost)?;
     ensure!(answer.status == 404 || answer.body["status"] == "failed", "{answer:?}");
     let boots = fixture.ssh("journalctl --list-boots --no-pager | wc -l")?;
@@ -73,11 +108,19 @@ pub fn power_cuts_lose_nothing_acknowledged(fixture: &Fixture) -> Result<()> {
     for round in 0..2u64 {
         let api = fixture.api()?;
         api.delete_all()?;
-        let kept = persistent(&api, &format!("round {round}"))?;
+        let volume = format!("power-{round}");
+        let made = api.call("POST", "/v1/volumes", Some(&json!({"name": volume, "size_mb": 64})))?;
+        ensure!(made.status == 201, "{made:?}");
+        let kept = persistent(&api, &format!("round {round}"), &[&volume])?;
+        let changing = power_state::Changing::begin(&api)?;
         let (stop, told) = (Arc::new(AtomicBool::new(false)), Arc::new(Mutex::new(Told::default())));
         let caller = {
             let (api, stop, told) = (api.clone(), Arc::clone(&stop), Arc::clone(&told));
             thread::spawn(move || load(&api, &stop, &told))
+        };
+        let changer = {
+            let (api, stop) = (api.clone(), Arc::clone(&stop));
+            thread::spawn(move || changing.go_on(&api, &stop))
         };
         // A moment that differs from run to run.
         thread::sleep(Duration::from_millis(6000 + u64::from(std::process::id()) * 37 % 4000 + round * 1700));
@@ -87,10 +130,14 @@ pub fn power_cuts_lose_nothing_acknowledged(fixture: &Fixture) -> Result<()> {
         running.power_cut()?;
         stop.store(true, Ordering::Relaxed);
         caller.join().map_err(|_| anyhow::anyhow!("a caller panicked"))?;
+        let changed = changer.join().map_err(|_| anyhow::anyhow!("the changer panicked"))?;
         fixture.start(|appliance| appliance)?;
 
         let api = fixture.api()?;
-        came_back(&api, &kept, &format!("round {round}"))?;
+        came_back(&api, &kept, &format!("round {round}"), Return::Cold)?;
+        let on_volume = api.exec(&kept, &format!("cat /mnt/{volume}/kept"))?;
+        ensure!(on_volume == format!("round {round}"), "the volume has {on_volume:?}");
+        changed.is_kept(&api)?;
         let told = told.lock().expect("no one panics with it");
         let listed: Vec<_> = api.list()?;
         let status =

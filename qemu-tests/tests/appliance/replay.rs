@@ -4,9 +4,13 @@
 use std::{fs, process::Command, thread, time::Duration};
 
 use anyhow::{Context, Result, ensure};
-use qemu_tests::writelog;
+use qemu_tests::{api::Api, writelog};
+use serde_json::json;
 
-use crate::{fixture::Fixture, power};
+use crate::{
+    fixture::Fixture,
+    power::{self, Return},
+};
 
 /// Places of the log at which the disk is cut.
 const CUTS: usize = 2;
@@ -15,6 +19,8 @@ const CUTS: usize = 2;
 #[derive(Debug)]
 enum Acknowledged {
     Synced(String, &'static str),
+    Asleep(String, &'static str),
+    Captured(String, &'static str),
     Deleted(String),
 }
 
@@ -31,9 +37,15 @@ pub fn cuts_at_flush_boundaries(fixture: &Fixture) -> Result<()> {
     let mut acknowledged = Vec::new();
     let workload_from = length()?;
     for text in ["one", "two", "three"] {
-        let id = power::persistent(&api, text)?;
-        acknowledged.push((length()?, Acknowledged::Synced(id, text)));
-        let other = power::persistent(&api, "gone")?;
+        let id = power::persistent(&api, text, &[])?;
+        acknowledged.push((length()?, Acknowledged::Synced(id.clone(), text)));
+        let snapshot = api.done(&id, "snapshots")?.text("id")?;
+        acknowledged.push((length()?, Acknowledged::Captured(snapshot, text)));
+        if text == "two" {
+            api.done(&id, "hibernate")?;
+            acknowledged.push((length()?, Acknowledged::Asleep(id, text)));
+        }
+        let other = power::persistent(&api, "gone", &[])?;
         ensure!(api.delete(&other)?.status == 204, "not deleted");
         acknowledged.push((length()?, Acknowledged::Deleted(other)));
         thread::sleep(Duration::from_secs(2));
@@ -61,7 +73,13 @@ pub fn cuts_at_flush_boundaries(fixture: &Fixture) -> Result<()> {
         for (at, what) in &acknowledged {
             match what {
                 Acknowledged::Synced(id, text) if *at <= position => {
-                    power::came_back(&api, id, text).context("synced before the cut")?
+                    power::came_back(&api, id, text, Return::Either).context("synced before the cut")?
+                }
+                Acknowledged::Asleep(id, text) if *at <= position => {
+                    power::came_back(&api, id, text, Return::Woken).context("hibernated before the cut")?
+                }
+                Acknowledged::Captured(snapshot, text) if *at <= position => {
+                    captured(&api, snapshot, text).context("captured before the cut")?
                 }
                 Acknowledged::Deleted(id) if *at <= position => {
                     ensure!(api.get(id)?.status == 404, "deleted {id} is back")
@@ -72,6 +90,14 @@ pub fn cuts_at_flush_boundaries(fixture: &Fixture) -> Result<()> {
         fixture.assert_nothing_leaks()?;
         fixture.take()?.power_cut()?;
     }
+    Ok(())
+}
+
+/// A sandbox from the snapshot has the file.
+fn captured(api: &Api, snapshot: &str, text: &str) -> Result<()> {
+    let copy = api.create(&json!({"template": "base", "from_snapshot": snapshot}))?;
+    ensure!(api.exec(&copy, "cat /root/kept")? == text, "{snapshot} does not have it");
+    ensure!(api.delete(&copy)?.status == 204, "not deleted");
     Ok(())
 }
 
