@@ -43,6 +43,7 @@ impl<W: World> Manager<W> {
     /// # Errors
     /// It cannot be made; nothing of it is left.
     pub async fn make_slot(self: &Arc<Self>) -> Result<Arc<Sandbox>> {
+        self.check_open()?;
         let record = Record::slot(SandboxId::random(), self.unix_ms());
         let slot = self.insert(Sandbox::new(record, self.now_ms()));
         let mut unclaimed = Unclaimed { manager: self, slot: Some(Arc::clone(&slot)) };
