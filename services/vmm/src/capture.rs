@@ -50,7 +50,7 @@ pub struct Captured {
 ///
 /// # Errors
 /// It is no sandbox.
-pub fn spec(record: &Record, id: SandboxId, purpose: Purpose) -> Result<SnapshotSpec> {
+pub fn spec(record: &Record, id: &SandboxId, purpose: Purpose) -> Result<SnapshotSpec> {
     let inner = record.sandbox().ok_or_else(|| unknown_sandbox(record.id.as_str()))?;
     let shape = &inner.shape;
     Ok(SnapshotSpec {
@@ -189,10 +189,9 @@ impl<W: World> Manager<W> {
         }
         let _turn = sandbox.turn().await;
         let record = sandbox.record();
-        let detail = wanted.to_string();
-        let spec = spec(&record, wanted, Purpose::Snapshot)?;
+        let spec = spec(&record, &wanted, Purpose::Snapshot)?;
         let info = self.capture_somehow(&record, spec).await?.info;
-        self.noted(sandbox, "snapshot.created", &detail).await;
+        self.noted(sandbox, "snapshot.created", wanted.as_str()).await;
         Ok(info)
     }
 
@@ -223,22 +222,6 @@ impl<W: World> Manager<W> {
             Ok(_) => Err(Error::Exists("there is another snapshot of this id".into())),
             Err(Error::NotFound(_)) => Ok(None),
             Err(error) => Err(error),
-        }
-    }
-
-    /// Adds an event to a sandbox whose state stays. Only in its turn. It is not worth a failure.
-    pub async fn noted(&self, sandbox: &Sandbox, kind: &str, detail: &str) {
-        let mut record = Record::clone(&sandbox.record());
-        if !matches!(record.state, State::Running | State::Paused | State::Hibernated) {
-            return;
-        }
-        record.generation += 1;
-        record.note(self.unix_ms(), kind, detail);
-        sandbox.publish(&record);
-        self.announce(&record);
-        tracing::info!(sandbox = %record.id, "{} {kind}: {detail}", record.id);
-        if let Err(error) = self.save(&record).await {
-            tracing::warn!(sandbox = %record.id, "an event is not on record: {}", error.message());
         }
     }
 }

@@ -111,7 +111,7 @@ impl<W: World> Manager<W> {
             Effect::Resume => self.let_run(id).await,
             Effect::AbortCapture => world.storage().abort_capture(id.to_string()).await,
             Effect::CaptureImage => {
-                let spec = capture::spec(record, SandboxId::random(), Purpose::Hibernation)?;
+                let spec = capture::spec(record, &SandboxId::random(), Purpose::Hibernation)?;
                 if let Some(inner) = record.sandbox_mut() {
                     inner.image.clone_from(&spec.id);
                 }
@@ -130,6 +130,12 @@ impl<W: World> Manager<W> {
                 world.hypervisor().capture(id).await
             }
             Effect::Seal => self.seal(sandbox, &shape(record)?.template).await,
+            // PID 1 stops every unit anyway, and only when we are gone: it would keep us waiting.
+            Effect::StopUnit | Effect::Detach | Effect::Release if self.leaves_machine(record) => {
+                sandbox.set_process(None);
+                sandbox.sleep.set_untidy(true);
+                Ok(())
+            }
             Effect::StopUnit => {
                 sandbox.set_process(None);
                 world.units().stop(id).await.map(drop)

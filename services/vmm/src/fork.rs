@@ -116,7 +116,7 @@ impl<W: World> Manager<W> {
     async fn capture_parent(&self, parent: &Arc<Sandbox>, snapshot: &SandboxId) -> Result<Captured> {
         let _turn = parent.turn().await;
         let record = parent.record();
-        let spec = capture::spec(&record, snapshot.clone(), Purpose::Fork)?;
+        let spec = capture::spec(&record, snapshot, Purpose::Fork)?;
         self.capture_somehow(&record, spec).await
     }
 

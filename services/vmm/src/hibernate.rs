@@ -63,6 +63,11 @@ impl<W: World> Manager<W> {
         Err(last.unwrap_or_else(|| Error::Internal("it was never tried".into())))
     }
 
+    /// Whether the last machine of a sandbox is left to the end of the appliance, and to its next start.
+    pub fn leaves_machine(&self, record: &Record) -> bool {
+        record.state == State::Hibernated && self.closing.load(Ordering::SeqCst)
+    }
+
     /// Puts a sandbox onto storage.
     ///
     /// # Errors
@@ -98,8 +103,8 @@ impl<W: World> Manager<W> {
         }
     }
 
-    /// For a shutdown: nothing new is made any more, slots go, what is persistent is hibernated. Answers a sentence for each
-    /// that could not be.
+    /// For a shutdown: nothing new is made any more, slots go, what is persistent is hibernated. Machines stand still from
+    /// then on, and the next start takes away what is left of them. Answers a sentence for each that could not be.
     pub async fn hibernate_all(self: &Arc<Self>) -> Vec<String> {
         self.closing.store(true, Ordering::SeqCst);
         let mut under_way = self.creating.subscribe();

@@ -6,17 +6,19 @@
 //! guest is used for.
 //!
 //! ```text
-//!   backend ──► create, reap, bake, startup       when something shall happen
+//!   backend ──► create, fork, hibernate, wake,      when something shall happen
+//!                  │     reap, bake, startup
 //!                  │ event
 //!                  ▼
-//!               sandbox ──► machine (pure)        what follows from it
+//!               sandbox ──► machine (pure)          what follows from it
 //!                  │ effects
 //!                  ▼
-//!               effects ──► ports                 how it is done: unit, firecracker, agent, remote
+//!               effects, capture, volumes ──► ports how it is done: unit, firecracker, agent, remote
 //! ```
 
 pub mod admission;
 pub mod agent;
+pub mod amend;
 pub mod backend;
 pub mod bake;
 pub mod capture;

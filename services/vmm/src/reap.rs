@@ -65,7 +65,11 @@ impl<W: World> Manager<W> {
                 tokio::spawn(async move { manager.hibernate_idle(&sandbox).await });
                 continue;
             }
-            if record.state == State::Hibernated && sandbox.sleep.is_untidy() && !sandbox.is_busy() {
+            if record.state == State::Hibernated
+                && sandbox.sleep.is_untidy()
+                && !sandbox.is_busy()
+                && !self.leaves_machine(&record)
+            {
                 tokio::spawn(async move { manager.tidy(&sandbox).await });
                 continue;
             }

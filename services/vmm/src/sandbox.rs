@@ -418,36 +418,6 @@ impl<W: World> Manager<W> {
         }
     }
 
-    /// Changes the settings of a sandbox that is there: durable, then told.
-    ///
-    /// # Errors
-    /// [`Error::WrongState`] at once while it is being made or booted again; [`Error::NotFound`] when it is being taken down.
-    pub async fn amend(
-        self: &Arc<Self>,
-        sandbox: &Arc<Sandbox>,
-        change: impl FnOnce(&mut crate::record::Sandbox) + Send + 'static,
-    ) -> Result<()> {
-        // Not waited for: a boot takes long, and the caller can see by itself when it is over.
-        changeable(&sandbox.record())?;
-        sandbox.touch(self.now_ms());
-        let (manager, sandbox) = (Arc::clone(self), Arc::clone(sandbox));
-        let task = tokio::spawn(async move {
-            let _turn = sandbox.actor.lock().await;
-            let mut record = Record::clone(&sandbox.record());
-            changeable(&record)?;
-            let Some(inner) = record.sandbox_mut() else {
-                return Err(pandastack_bus::vmm::unknown_sandbox(sandbox.id.as_str()));
-            };
-            change(inner);
-            record.generation += 1;
-            manager.save(&record).await?;
-            sandbox.publish(&record);
-            manager.announce(&record);
-            Ok(())
-        });
-        task.await.unwrap_or_else(|error| Err(Error::Internal(format!("a task ended early: {error}"))))
-    }
-
     /// Tells listeners what a sandbox is now.
     pub fn announce(&self, record: &Record) {
         let Some(sandbox) = record.sandbox() else { return };
@@ -458,20 +428,6 @@ impl<W: World> Manager<W> {
             state: record.public_state().map_or("", pandastack_bus::vmm::State::as_str),
             generation: record.generation,
         });
-    }
-}
-
-/// Whether its settings may be changed now.
-fn changeable(record: &Record) -> Result<()> {
-    match record.state {
-        State::New | State::Preparing | State::Ready | State::Baking | State::Stopping | State::Gone => {
-            Err(pandastack_bus::vmm::unknown_sandbox(record.id.as_str()))
-        }
-        State::Creating | State::Recovering => {
-            Err(Error::WrongState("the sandbox is still being made ready".into()))
-        }
-        // Those on their way are at rest by the time of its turn.
-        _ => Ok(()),
     }
 }
 

@@ -166,7 +166,7 @@ impl<W: World> Manager<W> {
             Ok(State::Hibernated) => sandbox.sleep.set_untidy(false),
             Ok(_) | Err(Error::WrongState(_)) => {}
             Err(error) => {
-                tracing::error!(sandbox = %sandbox.id, "its last machine is not gone yet: {}", error.message())
+                tracing::error!(sandbox = %sandbox.id, "its last machine is not gone yet: {}", error.message());
             }
         }
     }

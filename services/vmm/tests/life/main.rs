@@ -7,5 +7,6 @@ mod crash;
 mod daemon;
 mod fake_storage;
 mod fakes;
+mod full;
 mod sandboxes;
 mod sleep;

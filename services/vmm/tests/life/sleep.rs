@@ -378,15 +378,28 @@ async fn a_shutdown_hibernates_what_is_persistent_and_tells_what_is_not() {
     let state = |id: &str| daemon.info(id).unwrap().state;
     assert_eq!((state(&kept), state(&paused)), (State::Hibernated, State::Hibernated));
     assert_eq!(state(&fleeting), State::Running);
-    eventually("slots are gone", || world.owners().into_iter().eq([fleeting.clone()])).await;
+    eventually("slots are gone", || world.owners().len() == 3).await;
+    daemon.reap();
+    let log = world.books.lock().unwrap().log.clone();
+    let stopped = |id: &str| log.contains(&format!("stop {id}"));
+    assert!(!stopped(&kept) && !stopped(&paused), "PID 1 does that, and would keep us waiting");
     assert!(matches!(backend.create(String::new(), spec(false)).await, Err(Error::NotReady(_))));
     assert!(matches!(backend.wake(kept.clone()).await, Err(Error::NotReady(_))));
-    assert!(matches!(backend.fork(String::new(), fleeting, vec![]).await, Err(Error::InvalidArgument(_))));
+    assert!(matches!(
+        backend.fork(String::new(), fleeting.clone(), vec![]).await,
+        Err(Error::InvalidArgument(_))
+    ));
     drop((backend, daemon));
 
+    world.cut_power();
     let daemon = started(&world, directory.path()).await;
-    Backend(Arc::clone(&daemon)).wake(kept.clone()).await.unwrap();
-    assert_eq!(mind(&daemon, &world, &kept).as_deref(), Some("a thought"));
+
+    assert!(world.owners().into_iter().eq([fleeting]), "only the disk of the one that failed is left");
+    for id in [&kept, &paused] {
+        Backend(Arc::clone(&daemon)).wake(id.clone()).await.unwrap();
+        assert_eq!(mind(&daemon, &world, id).as_deref(), Some("a thought"));
+    }
+    clean(&world);
 }
 
 #[tokio::test]
