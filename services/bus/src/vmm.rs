@@ -31,8 +31,10 @@ pub struct SandboxSpec {
     /// Size of the root disk in MiB; 0 means the template's.
     pub disk_mib: u64,
     /// Snapshot of the same workspace to start from; empty: the template's own. Its template and sizes win.
+    #[serde(default)]
     pub snapshot: String,
     /// Volumes of the same workspace, in the order of their devices. Not together with a snapshot.
+    #[serde(default)]
     pub volumes: Vec<VolumeUse>,
 }
 

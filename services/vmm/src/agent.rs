@@ -11,7 +11,7 @@ use std::{
 
 use pandastack_bus::{Error, Result, SandboxId};
 use pandastack_protocol::{
-    Client, ClientError, Defaults, Exec, ExecEvent, Identity, PORT, Request, Sessions, Unique,
+    Client, ClientError, Defaults, Exec, ExecEvent, Identity, Mount, PORT, Request, Sessions, Unique,
 };
 use serde::de::IgnoredAny;
 use tokio::{
@@ -134,6 +134,16 @@ impl Guest for Agents {
 
     async fn grow_root(&self, id: &SandboxId) -> Result<()> {
         self.call(id, &Request::GrowRoot {}, DISK).await
+    }
+
+    async fn sync(&self, id: &SandboxId, limit: Duration) -> Result<()> {
+        timeout(limit, self.call(id, &Request::Sync {}, limit))
+            .await
+            .unwrap_or_else(|_| Err(Error::GuestUnreachable("the guest did not sync in time".into())))
+    }
+
+    async fn mount(&self, id: &SandboxId, mounts: Vec<Mount>) -> Result<()> {
+        self.call(id, &Request::Mount { mounts }, DISK).await
     }
 
     async fn warm_up(&self, id: &SandboxId, command: &str) -> Result<()> {

@@ -6,14 +6,18 @@ use std::{os::fd::OwnedFd, sync::Arc};
 
 use pandastack_bus::{
     Error, Result, SandboxId,
-    vmm::{Capacity, Event as Happened, SandboxInfo, SandboxSpec, VmmBackend},
+    storage::SnapshotInfo,
+    vmm::{
+        Capacity, Child, Event as Happened, Fork, SandboxInfo, SandboxSpec, State as Public, VmmBackend,
+        unknown_sandbox,
+    },
 };
 
 use crate::{
     machine::{Event, State},
     manager::Manager,
     ports::{Guest, World},
-    sandbox::Happening,
+    sandbox::{Happening, Sandbox},
 };
 
 /// Longest idle limit, seconds: a hundred years.
@@ -80,17 +84,63 @@ impl<W: World> VmmBackend for Backend<W> {
         Ok(())
     }
 
-    async fn open_agent(&self, id: String) -> Result<OwnedFd> {
+    async fn open_agent(&self, id: String, wake: bool) -> Result<OwnedFd> {
         let sandbox = self.0.sandbox(&id)?;
         sandbox.touch(self.0.now_ms());
-        match sandbox.record().state {
-            State::Running => self.0.world.guest().open(&sandbox.id).await,
-            _ => {
-                let state =
-                    sandbox.record().public_state().map_or("gone", pandastack_bus::vmm::State::as_str);
-                Err(Error::WrongState(format!("the sandbox is {state}, not running")))
-            }
+        if !matches!(sandbox.record().state, State::Running | State::Creating | State::Recovering) {
+            // On its way to somewhere: what counts is where it gets to.
+            sandbox.settled().await;
         }
+        if wake && sandbox.record().state == State::Hibernated {
+            self.told(&sandbox, self.0.wake(&sandbox).await)?;
+        }
+        let record = sandbox.record();
+        match (record.state, record.public_state()) {
+            (State::Running, _) => self.0.world.guest().open(record.machine()).await,
+            (_, Some(state)) => {
+                Err(Error::WrongState(format!("the sandbox is {}, not running", state.as_str())))
+            }
+            (_, None) => Err(unknown_sandbox(&id)),
+        }
+    }
+
+    async fn pause(&self, id: String) -> Result<SandboxInfo> {
+        self.order(&id, Event::Pause).await
+    }
+
+    async fn resume(&self, id: String) -> Result<SandboxInfo> {
+        self.order(&id, Event::Resume).await
+    }
+
+    async fn hibernate(&self, id: String) -> Result<SandboxInfo> {
+        let sandbox = self.0.sandbox(&id)?;
+        sandbox.touch(self.0.now_ms());
+        let done = self.0.hibernate(&sandbox, Happening::default()).await;
+        self.told(&sandbox, done)
+    }
+
+    async fn wake(&self, id: String) -> Result<SandboxInfo> {
+        let sandbox = self.0.sandbox(&id)?;
+        let done = self.0.wake(&sandbox).await;
+        self.told(&sandbox, done)
+    }
+
+    async fn hibernate_all(&self) -> Result<Vec<String>> {
+        let manager = Arc::clone(&self.0);
+        // To its end, also when its caller's patience ends first.
+        let task = tokio::spawn(async move { manager.hibernate_all().await });
+        task.await.map_err(|error| Error::Internal(error.to_string()))
+    }
+
+    async fn snapshot(&self, id: String, snapshot: String) -> Result<SnapshotInfo> {
+        self.0.snapshot(id, snapshot).await
+    }
+
+    async fn fork(&self, request: String, id: String, mut children: Vec<Child>) -> Result<Fork> {
+        for child in &mut children {
+            child.ttl_seconds = child.ttl_seconds.min(TTL_LIMIT);
+        }
+        self.0.fork(request, id, children).await
     }
 
     async fn events(&self, id: String) -> Result<Vec<Happened>> {
@@ -103,5 +153,29 @@ impl<W: World> VmmBackend for Backend<W> {
 
     async fn create_timings(&self, id: String) -> Result<Vec<(String, u64)>> {
         Ok(self.0.sandbox(&id)?.timings())
+    }
+}
+
+impl<W: World> Backend<W> {
+    async fn order(&self, id: &str, event: Event) -> Result<SandboxInfo> {
+        let sandbox = self.0.sandbox(id)?;
+        sandbox.touch(self.0.now_ms());
+        let done = self.0.happen(&sandbox, event, Happening::default()).await;
+        self.told(&sandbox, done.map(drop))
+    }
+
+    /// What the caller of a verb is told: the sandbox as it is now, or in the words of the API why not.
+    fn told(&self, sandbox: &Sandbox, done: Result<()>) -> Result<SandboxInfo> {
+        match done {
+            Ok(()) => self.0.info(sandbox.id.as_str()),
+            Err(Error::WrongState(text)) => {
+                let state = sandbox.record().public_state();
+                Err(state.map_or_else(
+                    || unknown_sandbox(sandbox.id.as_str()),
+                    |state: Public| Error::WrongState(format!("the sandbox is {}: {text}", state.as_str())),
+                ))
+            }
+            Err(error) => Err(error),
+        }
     }
 }

@@ -14,6 +14,7 @@ use std::{
 
 use pandastack_bus::{
     Error, Result, SandboxId,
+    storage::{Purpose as Capture, SnapshotInfo, StorageBackend},
     vmm::{SandboxInfo, SandboxSpec, unknown_sandbox},
 };
 use tokio::{
@@ -27,18 +28,20 @@ use crate::{
     machine::{Event, State},
     manager::Manager,
     ports::World,
+    quota::Claim,
     record::{self, Purpose, REQUEST_KEPT_MS, Shape, Tombstone, fingerprint},
     sandbox::{Happening, Sandbox},
+    volumes,
 };
 
 /// A create answers within this, before its caller stops to wait.
-const WHOLE: Duration = Duration::from_secs(25);
+pub const WHOLE: Duration = Duration::from_secs(25);
 /// Of this, a template that is still being baked may take so much.
 const BAKE_WAIT: Duration = Duration::from_secs(20);
 /// Slots tried for one request.
 const ATTEMPTS: usize = 2;
 /// Longest name of a request, bytes.
-const REQUEST_LIMIT: usize = 512;
+pub const REQUEST_LIMIT: usize = 512;
 /// Largest root disk, MiB: 1 TiB, as storage has it.
 const DISK_LIMIT_MIB: u64 = 1 << 20;
 
@@ -49,22 +52,40 @@ impl<W: World> Manager<W> {
     /// See [`Error`]: for each of them nothing was made, or what was made has been undone.
     pub async fn create(self: &Arc<Self>, request: String, spec: SandboxSpec) -> Result<SandboxInfo> {
         validate(&request, &spec)?;
+        self.check_open()?;
         let accepted = Instant::now();
+        let manager = Arc::clone(self);
+        let (name, asked) = (request.clone(), fingerprint(&spec));
+        let work = async move { manager.make(accepted, name, spec).await };
+        let id = self.once(|manager| &manager.requests, true, request, &asked, work).await?;
+        self.info(id.as_str())
+    }
+
+    /// Does the work of a request to its end, whoever is still waiting. A repetition of the request joins while it is under
+    /// way, and with `keep` also after it succeeded. One without a name is never repeated.
+    ///
+    /// # Errors
+    /// As the work's; [`Error::Exists`] when the request means something else.
+    pub async fn once<T: Clone + Send + Sync + 'static>(
+        self: &Arc<Self>,
+        requests: fn(&Self) -> &Requests<T>,
+        keep: bool,
+        request: String,
+        fingerprint: &str,
+        work: impl Future<Output = Result<T>> + Send + 'static,
+    ) -> Result<T> {
         if request.is_empty() {
-            let manager = Arc::clone(self);
-            let task = tokio::spawn(async move { manager.make(accepted, String::new(), spec).await });
-            let id = task.await.map_err(|error| Error::Internal(error.to_string()))??;
-            return self.info(id.as_str());
+            let task = tokio::spawn(work).await;
+            return task.map_err(|error| Error::Internal(error.to_string()))?;
         }
-        let mut outcome = match self.requests.enter(&request, &fingerprint(&spec))? {
+        let mut outcome = match requests(self).enter(&request, fingerprint)? {
             Turn::Join(outcome) => outcome,
             Turn::First(tell, outcome) => {
                 let manager = Arc::clone(self);
-                // To its end, whoever is still waiting: a repetition of the request joins here.
                 tokio::spawn(async move {
-                    let made = manager.make(accepted, request.clone(), spec).await;
-                    if made.is_err() {
-                        manager.requests.leave(&request);
+                    let made = work.await;
+                    if !keep || made.is_err() {
+                        requests(&manager).leave(&request);
                     }
                     tell.send_replace(Some(made));
                 });
@@ -72,9 +93,7 @@ impl<W: World> Manager<W> {
             }
         };
         let made = outcome.wait_for(Option::is_some).await.map(|made| made.clone());
-        let id =
-            made.ok().flatten().unwrap_or_else(|| Err(Error::Internal("a create ended early".into())))?;
-        self.info(id.as_str())
+        made.ok().flatten().unwrap_or_else(|| Err(Error::Internal("a request's work ended early".into())))
     }
 
     /// What callers are told about a sandbox.
@@ -108,6 +127,27 @@ impl<W: World> Manager<W> {
         spec: &SandboxSpec,
     ) -> Result<SandboxId> {
         let deadline = accepted + WHOLE;
+        let sandbox = self.wished(accepted, request, spec).await?;
+        let shape = &sandbox.shape;
+        let mut claim = self.claim(&spec.workspace)?;
+        admission::admit(&self.host()?, shape.memory_mib, sandbox.spec.disk_mib)?;
+        let _pending = Pending::new(&self.pending_mib, admission::need_mib(shape.memory_mib));
+        let _under_way = UnderWay::new(&self.creating);
+        self.asked.note(&shape.template);
+        self.place(accepted, deadline, &mut claim, &sandbox).await
+    }
+
+    /// What a wish comes to: from a template, or from a snapshot.
+    async fn wished(
+        self: &Arc<Self>,
+        accepted: Instant,
+        request: &str,
+        spec: &SandboxSpec,
+    ) -> Result<record::Sandbox> {
+        if !spec.snapshot.is_empty() {
+            let snapshot = self.world.storage().snapshot(spec.snapshot.clone()).await?;
+            return from_snapshot(request, spec, &snapshot);
+        }
         let template =
             self.catalogue.baked(self.world.storage(), &spec.template, accepted + BAKE_WAIT).await?;
         if spec.disk_mib != 0 && spec.disk_mib < template.disk_mib {
@@ -116,27 +156,45 @@ impl<W: World> Manager<W> {
                 spec.disk_mib, template.disk_mib
             )));
         }
-        let mut claim = self.claim(&spec.workspace)?;
-        admission::admit(&self.host()?, template.memory_mib, spec.disk_mib)?;
-        let _pending = Pending::new(&self.pending_mib, admission::need_mib(template.memory_mib));
-        let _under_way = UnderWay::new(&self.creating);
-        self.asked.note(&template.name);
         let shape = Shape::of(&template, spec.disk_mib);
+        Ok(record::Sandbox::new(request, fingerprint(spec), spec.clone(), shape, "snapshot"))
+    }
+
+    /// Makes a sandbox of a slot; of another one if the first is no good.
+    ///
+    /// # Errors
+    /// Nothing is left.
+    pub async fn place(
+        self: &Arc<Self>,
+        accepted: Instant,
+        deadline: Instant,
+        claim: &mut Claim<'_>,
+        sandbox: &record::Sandbox,
+    ) -> Result<SandboxId> {
         let _turn = timeout_at(deadline - RESTORE_ANSWER, self.restores.acquire())
             .await
             .map_err(|_| Error::NoCapacity("too many sandboxes are being made at once".into()))?;
+        // A dressed slot is the template as it was baked, and nothing else.
+        let plain = sandbox.source.is_empty() && sandbox.spec.volumes.is_empty() && !sandbox.shape.disk_grown;
+        let shape = plain.then_some(&sandbox.shape);
         let mut last = Error::Timeout("there was no time left".into());
         for attempt in 1..=ATTEMPTS {
             if attempt > 1 && Instant::now() + RESTORE_ANSWER > deadline {
                 break;
             }
-            let slot = timeout_at(deadline, self.slot(Some(&shape)))
+            let slot = timeout_at(deadline, self.slot(shape))
                 .await
                 .map_err(|_| Error::NoCapacity("no machine could be started in time".into()))??;
+            self.hold_volumes(&slot, &sandbox.spec).await?;
             claim.is_for(&slot.id);
-            match self.give(&slot, accepted, request, spec, &shape).await {
+            match self.give(&slot, accepted, sandbox).await {
                 Ok(()) => return Ok(slot.id.clone()),
-                Err(error @ (Error::NoSpace(_) | Error::NoCapacity(_) | Error::InvalidArgument(_))) => {
+                Err(
+                    error @ (Error::NoSpace(_)
+                    | Error::NoCapacity(_)
+                    | Error::InvalidArgument(_)
+                    | Error::NotFound(_)),
+                ) => {
                     return Err(error);
                 }
                 Err(error) => {
@@ -156,9 +214,7 @@ impl<W: World> Manager<W> {
         self: &Arc<Self>,
         slot: &Arc<Sandbox>,
         accepted: Instant,
-        request: &str,
-        spec: &SandboxSpec,
-        shape: &Shape,
+        sandbox: &record::Sandbox,
     ) -> Result<()> {
         slot.accept(accepted);
         slot.touch(self.now_ms());
@@ -167,16 +223,7 @@ impl<W: World> Manager<W> {
             Some(machine_id) => (Event::TakeDressed, machine_id.to_owned()),
             None => (Event::Take, agent::machine_id()),
         };
-        let sandbox = record::Sandbox {
-            request: request.to_owned(),
-            fingerprint: fingerprint(spec),
-            spec: spec.clone(),
-            shape: shape.clone(),
-            machine_id,
-            boot_mode: "snapshot".into(),
-            boot_ms: 0,
-            born: false,
-        };
+        let sandbox = record::Sandbox { machine_id, ..sandbox.clone() };
         let now = self.unix_ms();
         let change = move |record: &mut record::Record| {
             record.purpose = Purpose::Sandbox(Box::new(sandbox));
@@ -215,53 +262,85 @@ fn validate(request: &str, spec: &SandboxSpec) -> Result<()> {
     if spec.disk_mib > DISK_LIMIT_MIB {
         return refuse("the disk is too large");
     }
-    Ok(())
+    if !spec.snapshot.is_empty() && !spec.volumes.is_empty() {
+        return refuse("a snapshot brings its own volumes");
+    }
+    volumes::check(&spec.volumes)
+}
+
+/// What a wish for a copy of a snapshot comes to.
+fn from_snapshot(request: &str, spec: &SandboxSpec, snapshot: &SnapshotInfo) -> Result<record::Sandbox> {
+    // Nobody learns of a snapshot that is somebody else's.
+    if snapshot.spec.workspace != spec.workspace || snapshot.spec.purpose != Capture::Snapshot {
+        return Err(Error::NotFound(format!("snapshot {} not found", spec.snapshot)));
+    }
+    if !snapshot.unusable.is_empty() {
+        return Err(Error::WrongState(format!("the snapshot cannot be used: {}", snapshot.unusable)));
+    }
+    let asked = fingerprint(spec);
+    let spec = SandboxSpec { template: snapshot.spec.template.clone(), disk_mib: 0, ..spec.clone() };
+    let shape = Shape::of_snapshot(snapshot);
+    Ok(record::Sandbox {
+        source: spec.snapshot.clone(),
+        clones: snapshot.spec.volumes.clone(),
+        ..record::Sandbox::new(request, asked, spec, shape, "snapshot")
+    })
 }
 
 /// Every request whose answer is still owed or remembered.
-#[derive(Debug, Default)]
-pub struct Requests(Mutex<HashMap<String, Entry>>);
+#[derive(Debug)]
+pub struct Requests<T>(Mutex<HashMap<String, Entry<T>>>);
 
-type Outcome = Option<Result<SandboxId>>;
+type Outcome<T> = Option<Result<T>>;
 
 #[derive(Debug)]
-struct Entry {
+struct Entry<T> {
     fingerprint: String,
     until_unix_ms: u64,
-    outcome: watch::Receiver<Outcome>,
+    outcome: watch::Receiver<Outcome<T>>,
 }
 
-/// Whose turn it is to make a request's sandbox.
-enum Turn {
-    First(watch::Sender<Outcome>, watch::Receiver<Outcome>),
-    Join(watch::Receiver<Outcome>),
+/// Whose turn it is to do a request's work.
+enum Turn<T> {
+    First(watch::Sender<Outcome<T>>, watch::Receiver<Outcome<T>>),
+    Join(watch::Receiver<Outcome<T>>),
 }
 
-impl Requests {
-    fn map(&self) -> MutexGuard<'_, HashMap<String, Entry>> {
+impl<T> Default for Requests<T> {
+    fn default() -> Self {
+        Self(Mutex::default())
+    }
+}
+
+impl Requests<SandboxId> {
+    /// Takes over what is on record.
+    pub fn load(&self, sandboxes: &[Arc<Sandbox>], tombstones: &[(String, Tombstone)], now_unix_ms: u64) {
+        let valid = |left: &&Tombstone| left.until_unix_ms > now_unix_ms && left.fork.is_none();
+        for left in tombstones.iter().map(|(_, left)| left).filter(valid) {
+            self.remember(&left.request, left.fingerprint.clone(), left.until_unix_ms, left.id.clone());
+        }
+        for record in sandboxes.iter().map(|sandbox| sandbox.record()) {
+            let named =
+                |inner: &&record::Sandbox| inner.born && !inner.request.is_empty() && inner.forked.is_none();
+            let Some(inner) = record.sandbox().filter(named) else { continue };
+            let until = record.created_unix_ms.saturating_add(REQUEST_KEPT_MS);
+            self.remember(&inner.request, inner.asked(), until, record.id.clone());
+        }
+    }
+}
+
+impl<T> Requests<T> {
+    fn map(&self) -> MutexGuard<'_, HashMap<String, Entry<T>>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Takes over what is on record.
-    pub fn load(&self, sandboxes: &[Arc<Sandbox>], tombstones: Vec<(String, Tombstone)>, now_unix_ms: u64) {
-        let mut map = self.map();
-        let mut add = |request: &str, fingerprint: String, until: u64, id: SandboxId| {
-            let (_, outcome) = watch::channel(Some(Ok(id)));
-            map.insert(request.to_owned(), Entry { fingerprint, until_unix_ms: until, outcome });
-        };
-        for (_, left) in tombstones.into_iter().filter(|(_, left)| left.until_unix_ms > now_unix_ms) {
-            add(&left.request, left.fingerprint, left.until_unix_ms, left.id);
-        }
-        for record in sandboxes.iter().map(|sandbox| sandbox.record()) {
-            let Some(inner) = record.sandbox().filter(|inner| inner.born && !inner.request.is_empty()) else {
-                continue;
-            };
-            let until = record.created_unix_ms.saturating_add(REQUEST_KEPT_MS);
-            add(&inner.request, inner.asked(), until, record.id.clone());
-        }
+    /// A request that was answered by an earlier run of the daemon.
+    pub fn remember(&self, request: &str, fingerprint: String, until_unix_ms: u64, answer: T) {
+        let (_, outcome) = watch::channel(Some(Ok(answer)));
+        self.map().insert(request.to_owned(), Entry { fingerprint, until_unix_ms, outcome });
     }
 
-    fn enter(&self, request: &str, fingerprint: &str) -> Result<Turn> {
+    fn enter(&self, request: &str, fingerprint: &str) -> Result<Turn<T>> {
         let mut map = self.map();
         match map.get(request) {
             Some(entry) if entry.fingerprint != fingerprint => {
@@ -281,15 +360,25 @@ impl Requests {
         }
     }
 
+    /// What a request was answered with.
+    pub fn remembered(&self, request: &str) -> Option<T>
+    where
+        T: Clone,
+    {
+        let map = self.map();
+        let outcome = map.get(request)?.outcome.borrow();
+        outcome.as_ref()?.as_ref().ok().cloned()
+    }
+
     /// Forgets a request.
     pub fn leave(&self, request: &str) {
         self.map().remove(request);
     }
 
-    /// Forgets what is older than a day and whose sandbox is gone.
-    pub fn purge(&self, now_unix_ms: u64, is_there: impl Fn(&SandboxId) -> bool) {
+    /// Forgets what is older than a day and of whose answer nothing is there any more.
+    pub fn purge(&self, now_unix_ms: u64, is_there: impl Fn(&T) -> bool) {
         self.map().retain(|_, entry| match &*entry.outcome.borrow() {
-            Some(Ok(id)) if !is_there(id) => {
+            Some(Ok(answer)) if !is_there(answer) => {
                 // Those of this run of the daemon learn their age when their sandbox goes.
                 if entry.until_unix_ms == u64::MAX {
                     entry.until_unix_ms = now_unix_ms.saturating_add(REQUEST_KEPT_MS);
@@ -302,10 +391,11 @@ impl Requests {
 }
 
 /// Counts a create while it is under way.
-struct UnderWay<'a>(&'a watch::Sender<usize>);
+pub struct UnderWay<'a>(&'a watch::Sender<usize>);
 
 impl<'a> UnderWay<'a> {
-    fn new(count: &'a watch::Sender<usize>) -> Self {
+    /// For as long as this lives.
+    pub fn new(count: &'a watch::Sender<usize>) -> Self {
         count.send_modify(|count| *count += 1);
         Self(count)
     }
@@ -318,17 +408,18 @@ impl Drop for UnderWay<'_> {
 }
 
 /// Memory that a create under way is expected to take.
-pub struct Pending<'a>(&'a AtomicU64, u64);
+#[derive(Debug)]
+pub struct Pending(Arc<AtomicU64>, u64);
 
-impl<'a> Pending<'a> {
+impl Pending {
     /// For as long as this lives.
-    pub fn new(sum: &'a AtomicU64, mib: u64) -> Self {
+    pub fn new(sum: &Arc<AtomicU64>, mib: u64) -> Self {
         sum.fetch_add(mib, Ordering::Relaxed);
-        Self(sum, mib)
+        Self(Arc::clone(sum), mib)
     }
 }
 
-impl Drop for Pending<'_> {
+impl Drop for Pending {
     fn drop(&mut self) {
         self.0.fetch_sub(self.1, Ordering::Relaxed);
     }

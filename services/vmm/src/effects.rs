@@ -5,9 +5,9 @@
 use std::{sync::Arc, time::Duration};
 
 use pandastack_bus::{
-    Error, Result,
+    Error, Result, SandboxId,
     network::NetworkBackend,
-    storage::{Fill, StorageBackend, TemplateState},
+    storage::{Fill, Purpose, StorageBackend, TemplateState},
 };
 use pandastack_daemon::records::RecordsError;
 use tokio::{
@@ -16,6 +16,8 @@ use tokio::{
 };
 
 use crate::{
+    capture,
+    firecracker::ROOT,
     machine::{Effect, Event, State},
     manager::Manager,
     ports::{Guest, Hypervisor, Identification, Limits, Machine, Process, Units, World},
@@ -41,7 +43,7 @@ impl<W: World> Manager<W> {
         record: &mut Record,
         effect: Effect,
     ) -> Result<()> {
-        let id = &sandbox.id;
+        let id = &machine(sandbox, record);
         let world = &self.world;
         match effect {
             Effect::Save => self.save(record).await,
@@ -52,16 +54,16 @@ impl<W: World> Manager<W> {
             Effect::Prepare => world.storage().prepare(id.to_string()).await.map(drop),
             Effect::EnsureKernel => world.storage().ensure_kernel(id.to_string()).await,
             Effect::LimitExpected => match self.expected_limits() {
-                Some(limits) => self.limit(sandbox, limits).await,
+                Some(limits) => self.limit(sandbox, id, limits).await,
                 None => Ok(()),
             },
             Effect::StartUnit => {
                 let _turn = self.starts.acquire().await;
                 let process = world.units().start(id).await?;
-                self.watch(sandbox, process)
+                self.watch(sandbox, id, process)
             }
             Effect::Watch => match world.units().process(id).await? {
-                Some(process) => self.watch(sandbox, process),
+                Some(process) => self.watch(sandbox, id, process),
                 None => Err(Error::WrongState("its process is gone".into())),
             },
             Effect::Attach => {
@@ -73,12 +75,11 @@ impl<W: World> Manager<W> {
                 Ok(())
             }
             Effect::AwaitApi => world.hypervisor().await_api(id).await,
-            Effect::Furnish => self.furnish(sandbox, shape(record)?, Fill::Baked).await,
-            Effect::FurnishPristine => self.furnish(sandbox, shape(record)?, Fill::Pristine).await,
-            Effect::Limit => self.limit(sandbox, limits(shape(record)?)).await,
+            Effect::Furnish => self.furnish(sandbox, record, Fill::Baked).await,
+            Effect::FurnishPristine => self.furnish(sandbox, record, Fill::Pristine).await,
+            Effect::Limit => self.limit(sandbox, id, limits(shape(record)?)).await,
             Effect::Load => world.hypervisor().load(id).await,
-            Effect::Pause => world.hypervisor().pause(id).await,
-            Effect::Resume => world.hypervisor().resume(id).await,
+            Effect::Unpause => world.hypervisor().resume(id).await,
             Effect::Boot => {
                 let shape = shape(record)?;
                 let machine = Machine { vcpus: shape.vcpus, memory_mib: shape.memory_mib };
@@ -88,9 +89,27 @@ impl<W: World> Manager<W> {
             Effect::Freshen => self.identify(sandbox, record, None).await,
             Effect::GrowDisk => {
                 if shape(record)?.disk_grown {
-                    world.hypervisor().renew_disk(id).await?;
+                    world.hypervisor().renew_drive(id, ROOT).await?;
                     world.guest().grow_root(id).await?;
                 }
+                Ok(())
+            }
+            Effect::Mount => self.mount_volumes(id, record).await,
+            Effect::Halt => self.halt(id).await,
+            Effect::Resume => self.let_run(id).await,
+            Effect::AbortCapture => world.storage().abort_capture(id.to_string()).await,
+            Effect::CaptureImage => {
+                let spec = capture::spec(record, &SandboxId::random(), Purpose::Hibernation)?;
+                if let Some(inner) = record.sandbox_mut() {
+                    inner.image.clone_from(&spec.id);
+                }
+                self.capture(record, spec, false).await.map(drop)
+            }
+            Effect::Commit => self.commit(sandbox, record).await,
+            Effect::Borrow => self.borrow(sandbox, record).await,
+            Effect::FurnishImage => self.furnish_image(sandbox, record).await,
+            Effect::GiveBack => {
+                self.give_back(sandbox).await;
                 Ok(())
             }
             Effect::WarmUp => world.guest().warm_up(id, &shape(record)?.warmup).await,
@@ -99,6 +118,12 @@ impl<W: World> Manager<W> {
                 world.hypervisor().capture(id).await
             }
             Effect::Seal => self.seal(sandbox, &shape(record)?.template).await,
+            // PID 1 stops every unit anyway, and only when we are gone: it would keep us waiting.
+            Effect::StopUnit | Effect::Detach | Effect::Release if self.leaves_machine(record) => {
+                sandbox.set_process(None);
+                sandbox.sleep.set_untidy(true);
+                Ok(())
+            }
             Effect::StopUnit => {
                 sandbox.set_process(None);
                 world.units().stop(id).await.map(drop)
@@ -108,23 +133,24 @@ impl<W: World> Manager<W> {
                 Ok(())
             }
             Effect::Release => world.storage().release(id.to_string()).await.map(drop),
+            Effect::DropVolumes => self.drop_volumes(record).await,
+            Effect::DropImage => self.drop_image(record).await,
             Effect::Forget => self.forget(record).await,
         }
     }
 
     /// Limits and files, both before the guest runs; they do not wait for each other.
-    async fn furnish(&self, sandbox: &Sandbox, shape: &Shape, fill: Fill) -> Result<()> {
-        let id = sandbox.id.to_string();
-        let disk = if shape.disk_grown { shape.disk_mib } else { 0 };
+    async fn furnish(&self, sandbox: &Sandbox, record: &Record, fill: Fill) -> Result<()> {
+        let (id, shape) = (record.machine(), shape(record)?);
         let start = Instant::now();
         let (filled, limited) = tokio::join!(
             async {
-                let filled = self.world.storage().fill(id, shape.template.clone(), fill, disk).await;
+                let filled = self.fill(id, record, shape, fill).await;
                 sandbox.timed("storage_fill_us", start);
                 filled
             },
             async {
-                let limited = self.limit(sandbox, limits(shape)).await;
+                let limited = self.limit(sandbox, id, limits(shape)).await;
                 sandbox.timed("limits_us", start);
                 limited
             },
@@ -132,13 +158,25 @@ impl<W: World> Manager<W> {
         filled.and(limited)
     }
 
-    /// Sets limits, unless they are set already: that is what makes a slot cheap to take.
-    async fn limit(&self, sandbox: &Sandbox, limits: Limits) -> Result<()> {
+    async fn fill(&self, id: &SandboxId, record: &Record, shape: &Shape, fill: Fill) -> Result<()> {
+        let storage = self.world.storage();
+        match record.sandbox().map(|inner| &inner.source).filter(|source| !source.is_empty()) {
+            Some(source) => storage.fill_snapshot(id.to_string(), source.clone()).await?,
+            None => {
+                let disk = if shape.disk_grown { shape.disk_mib } else { 0 };
+                storage.fill(id.to_string(), shape.template.clone(), fill, disk).await?;
+            }
+        }
+        self.insert_volumes(id, record).await
+    }
+
+    /// Sets limits, unless they are set already: that is what makes a slot cheap to take. `sandbox` is whose unit it is.
+    pub async fn limit(&self, sandbox: &Sandbox, id: &SandboxId, limits: Limits) -> Result<()> {
         if sandbox.limits() == Some(limits) {
             return Ok(());
         }
         sandbox.set_limits(None);
-        self.world.units().limit(&sandbox.id, limits).await?;
+        self.world.units().limit(id, limits).await?;
         sandbox.set_limits(Some(limits));
         Ok(())
     }
@@ -160,13 +198,14 @@ impl<W: World> Manager<W> {
         machine_id: Option<String>,
     ) -> Result<()> {
         let limit = match record.state {
-            State::Dressing | State::Creating => RESTORE_ANSWER,
+            State::Dressing | State::Creating | State::Waking => RESTORE_ANSWER,
             _ => BOOT_ANSWER,
         };
+        let id = &machine(sandbox, record);
         let identification = Identification { machine_id, env: shape(record)?.env.clone() };
         let start = Instant::now();
         let answered = tokio::select! {
-            answered = self.world.guest().identify(&sandbox.id, &identification, start + limit) => answered?,
+            answered = self.world.guest().identify(id, &identification, start + limit) => answered?,
             reason = sandbox.aborted() => return Err(Error::WrongState(reason)),
         };
         if let Some(inner) = record.sandbox_mut().filter(|inner| !inner.born) {
@@ -198,13 +237,16 @@ impl<W: World> Manager<W> {
     /// Removes the record; a request that was answered leaves its name behind for a day.
     async fn forget(&self, record: &Record) -> Result<()> {
         let answered = record.sandbox().filter(|inner| inner.born);
-        let tombstone = answered.filter(|inner| !is_anonymous(&inner.request)).map(|inner| Tombstone {
+        // A fork's request has its tombstone from the moment it is answered.
+        let alone = answered.filter(|inner| inner.forked.is_none());
+        let tombstone = alone.filter(|inner| !is_anonymous(&inner.request)).map(|inner| Tombstone {
             request: inner.request.clone(),
             fingerprint: inner.asked(),
             id: record.id.clone(),
             until_unix_ms: record.created_unix_ms.saturating_add(REQUEST_KEPT_MS),
+            fork: None,
         });
-        let nameless = answered.filter(|inner| is_anonymous(&inner.request)).map(|inner| &inner.request);
+        let nameless = alone.filter(|inner| is_anonymous(&inner.request)).map(|inner| &inner.request);
         let (records, tombstones) = (Arc::clone(&self.records), Arc::clone(&self.tombstones));
         let (key, now) = (record.id.to_string(), self.unix_ms());
         blocking(move || {
@@ -236,21 +278,34 @@ impl<W: World> Manager<W> {
     }
 
     /// Reports the end of this process as an event, unless the watch is given up first.
-    fn watch(self: &Arc<Self>, sandbox: &Arc<Sandbox>, process: Process) -> Result<()> {
+    pub fn watch(
+        self: &Arc<Self>,
+        sandbox: &Arc<Sandbox>,
+        machine: &SandboxId,
+        process: Process,
+    ) -> Result<()> {
         // SAFETY: an `Arc<OwnedFd>` keeps its descriptor open and answers with the same one for as long as it lives.
         let handle = unsafe { AsyncFd::register_with_interest(Arc::clone(&process), Interest::READABLE) }
             .map_err(|error| Error::Internal(format!("its process cannot be watched: {error}")))?;
         let (manager, sandbox_kept) = (Arc::downgrade(self), Arc::downgrade(sandbox));
+        let (machine, watched) = (machine.clone(), Arc::clone(&process));
         let watcher = tokio::spawn(async move {
             if handle.readable().await.is_err() {
                 return;
             }
             let (Some(manager), Some(sandbox)) = (manager.upgrade(), sandbox_kept.upgrade()) else { return };
-            let reason = manager.world.units().obituary(&sandbox.id).await;
+            let reason = manager.world.units().obituary(&machine).await;
             // From here on in a task of its own: the event stops this watch.
             tokio::spawn(async move {
+                if !sandbox.has_process(&watched) {
+                    return;
+                }
                 sandbox.abort(&reason);
-                let _ = manager.happen(&sandbox, Event::Died, Happening::because(reason)).await;
+                let mut with = Happening::because(reason);
+                let target = Arc::clone(&sandbox);
+                // By the time of its turn it may be hibernated, and even have another machine.
+                with.guard = Some(Box::new(move |_| target.has_process(&watched)));
+                let _ = manager.happen(&sandbox, Event::Died, with).await;
             });
         });
         sandbox.set_process(Some((process, watcher.abort_handle())));
@@ -258,12 +313,22 @@ impl<W: World> Manager<W> {
     }
 }
 
-fn shape(record: &Record) -> Result<&Shape> {
+/// The machine that an effect is about: while it is woken, the borrowed slot's.
+fn machine(sandbox: &Sandbox, record: &Record) -> SandboxId {
+    let slot = sandbox.sleep.slot().filter(|_| record.state == State::Waking);
+    slot.map_or_else(|| record.machine().clone(), |slot| slot.id.clone())
+}
+
+/// What its machine is made of.
+///
+/// # Errors
+/// It is a slot.
+pub fn shape(record: &Record) -> Result<&Shape> {
     record.shape().ok_or_else(|| Error::Internal("a slot has no machine yet".into()))
 }
 
 /// What a machine of this shape may take of the host.
-fn limits(shape: &Shape) -> Limits {
+pub fn limits(shape: &Shape) -> Limits {
     // The guest's memory and Firecracker's own can never be more than the first two. The quarter is room for the page cache of
     // the snapshot's memory file, which is charged to whoever touches it first: without it the first sandbox of a
     // template would reclaim its own pages all the time. A bake, which writes that file, is bounded the same way.

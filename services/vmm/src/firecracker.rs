@@ -9,7 +9,7 @@ use bytes::Bytes;
 use http::{Method, StatusCode, header};
 use http_body_util::{BodyExt, Full, Limited};
 use hyper_util::rt::TokioIo;
-use pandastack_bus::{Error, Result as BusResult, SandboxId};
+use pandastack_bus::{Error, Result as BusResult, SandboxId, storage::CaptureKind};
 use serde_json::{Value, json};
 use tokio::time::{Instant, sleep, timeout};
 
@@ -33,7 +33,9 @@ pub const BOOT_ARGS: &str = "console=ttyS0 quiet reboot=k panic=1 pci=off nosoft
                              rcupdate.rcu_cpu_stall_suppress=1 panda.addr=172.31.255.2/30 panda.gw=172.31.255.1 \
                              panda.mtu=1450 root=/dev/vda";
 /// Name of the root drive.
-const ROOT: &str = "root";
+pub const ROOT: &str = "root";
+/// Volumes of a kind that a guest can have: so many placeholder drives are in every snapshot.
+pub const VOLUMES: usize = 4;
 
 /// Why Firecracker did not do it.
 #[derive(Debug, thiserror::Error)]
@@ -171,21 +173,9 @@ impl Hypervisor for Firecracker {
         Ok(())
     }
 
-    async fn pause(&self, id: &SandboxId) -> BusResult<()> {
-        let body = json!({ "state": "Paused" });
-        self.request(id, Method::PATCH, "/vm", Some(&body), LOAD).await?;
-        Ok(())
-    }
-
-    async fn resume(&self, id: &SandboxId) -> BusResult<()> {
-        let body = json!({ "state": "Resumed" });
-        self.request(id, Method::PATCH, "/vm", Some(&body), LOAD).await?;
-        Ok(())
-    }
-
     async fn boot(&self, id: &SandboxId, machine: Machine) -> BusResult<()> {
         for (path, body) in configuration(machine) {
-            self.put(id, path, &body).await?;
+            self.put(id, &path, &body).await?;
         }
         let start = json!({ "action_type": "InstanceStart" });
         self.request(id, Method::PUT, "/actions", Some(&start), LOAD).await?;
@@ -193,34 +183,85 @@ impl Hypervisor for Firecracker {
     }
 
     async fn capture(&self, id: &SandboxId) -> BusResult<()> {
-        self.pause(id).await?;
-        let body = json!({
-            "snapshot_type": "Diff",
-            "snapshot_path": "/vm/state",
-            "mem_file_path": "/vm/mem",
-        });
-        self.request(id, Method::PUT, "/snapshot/create", Some(&body), CAPTURE).await?;
+        self.turn(id, "Paused").await?;
+        self.write(id, CaptureKind::Diff, "/vm/state", "/vm/mem").await
+    }
+
+    async fn renew_drive(&self, id: &SandboxId, drive: &str) -> BusResult<()> {
+        let body = json!({ "drive_id": drive, "path_on_host": format!("/vm/{drive}.img") });
+        self.request(id, Method::PATCH, &format!("/drives/{drive}"), Some(&body), SHORT).await?;
         Ok(())
     }
 
-    async fn renew_disk(&self, id: &SandboxId) -> BusResult<()> {
-        let body = json!({ "drive_id": ROOT, "path_on_host": "/vm/root.img" });
-        self.request(id, Method::PATCH, "/drives/root", Some(&body), SHORT).await?;
+    async fn is_paused(&self, id: &SandboxId) -> BusResult<bool> {
+        let answer = self.request(id, Method::GET, "/", None, SHORT).await?;
+        let state = serde_json::from_slice::<Value>(&answer).ok();
+        let state = state.as_ref().and_then(|value| value.get("state")?.as_str());
+        match state {
+            Some("Paused") => Ok(true),
+            Some("Running") => Ok(false),
+            _ => {
+                let reason = "it names no state of a machine".to_owned();
+                Err(FirecrackerError::Nonsense { path: "/".into(), reason }.into())
+            }
+        }
+    }
+
+    async fn pause(&self, id: &SandboxId) -> BusResult<()> {
+        self.turn(id, "Paused").await
+    }
+
+    async fn resume(&self, id: &SandboxId) -> BusResult<()> {
+        self.turn(id, "Resumed").await
+    }
+
+    async fn write_capture(&self, id: &SandboxId, kind: CaptureKind) -> BusResult<()> {
+        self.write(id, kind, "/vm/c.state", "/vm/c.mem").await
+    }
+}
+
+impl Firecracker {
+    async fn turn(&self, id: &SandboxId, state: &str) -> BusResult<()> {
+        self.request(id, Method::PATCH, "/vm", Some(&json!({ "state": state })), LOAD).await?;
+        Ok(())
+    }
+
+    async fn write(&self, id: &SandboxId, kind: CaptureKind, state: &str, memory: &str) -> BusResult<()> {
+        let kind = match kind {
+            CaptureKind::Diff => "Diff",
+            CaptureKind::Full => "Full",
+        };
+        let body = json!({ "snapshot_type": kind, "snapshot_path": state, "mem_file_path": memory });
+        self.request(id, Method::PUT, "/snapshot/create", Some(&body), CAPTURE).await?;
         Ok(())
     }
 }
 
 /// Everything a machine is told before it boots, in order. All of it is in every snapshot made from it.
-fn configuration(machine: Machine) -> Vec<(&'static str, Value)> {
+fn configuration(machine: Machine) -> Vec<(String, Value)> {
     // Token buckets: `size` per `refill_time` milliseconds, after a burst that a fresh guest may spend at once. They keep
     // one guest from filling the disk's or the link's queue; a guest alone hardly notices them.
     let bytes = |per_second: u64, burst: u64| json!({ "size": per_second, "one_time_burst": burst, "refill_time": 1000 });
     let operations =
         |per_second: u64| json!({ "size": per_second, "one_time_burst": per_second, "refill_time": 1000 });
+    let drive = |name: &str, read_only: bool| {
+        let body = json!({
+            "drive_id": name,
+            "path_on_host": format!("/vm/{name}.img"),
+            // The command line names the root; `true` would add a second `root=`.
+            "is_root_device": false,
+            "is_read_only": read_only,
+            // Cannot be changed later: without it a guest's flush does nothing.
+            "cache_type": "Writeback",
+            "io_engine": "Sync",
+            "rate_limiter": { "bandwidth": bytes(512 << 20, 2 << 30), "ops": operations(50_000) },
+        });
+        (format!("/drives/{name}"), body)
+    };
     let link = json!({ "bandwidth": bytes(128 << 20, 256 << 20), "ops": operations(100_000) });
-    vec![
+    let mut all = vec![
         (
-            "/machine-config",
+            "/machine-config".to_owned(),
             json!({
                 "vcpu_count": machine.vcpus,
                 "mem_size_mib": machine.memory_mib,
@@ -229,29 +270,21 @@ fn configuration(machine: Machine) -> Vec<(&'static str, Value)> {
             }),
         ),
         (
-            "/boot-source",
+            "/boot-source".to_owned(),
             json!({
                 "kernel_image_path": "/vm/vmlinux",
                 "initrd_path": "/vm/initrd.img",
                 "boot_args": BOOT_ARGS,
             }),
         ),
+        drive(ROOT, false),
+    ];
+    // Placeholders: volumes take their place after a restore. The guest names drives by their order.
+    all.extend((0..VOLUMES).map(|number| drive(&format!("w{number}"), false)));
+    all.extend((0..VOLUMES).map(|number| drive(&format!("r{number}"), true)));
+    all.extend([
         (
-            "/drives/root",
-            json!({
-                "drive_id": ROOT,
-                "path_on_host": "/vm/root.img",
-                // The command line names it; `true` would add a second `root=`.
-                "is_root_device": false,
-                "is_read_only": false,
-                // Cannot be changed later: without it a guest's flush does nothing.
-                "cache_type": "Writeback",
-                "io_engine": "Sync",
-                "rate_limiter": { "bandwidth": bytes(512 << 20, 2 << 30), "ops": operations(50_000) },
-            }),
-        ),
-        (
-            "/network-interfaces/eth0",
+            "/network-interfaces/eth0".to_owned(),
             json!({
                 "iface_id": "eth0",
                 "guest_mac": "06:00:ac:1f:ff:02",
@@ -260,9 +293,10 @@ fn configuration(machine: Machine) -> Vec<(&'static str, Value)> {
                 "tx_rate_limiter": link,
             }),
         ),
-        ("/vsock", json!({ "guest_cid": 3, "uds_path": "/vm/s/v.sock" })),
-        ("/entropy", json!({ "rate_limiter": { "bandwidth": bytes(1 << 20, 1 << 20) } })),
-    ]
+        ("/vsock".to_owned(), json!({ "guest_cid": 3, "uds_path": "/vm/s/v.sock" })),
+        ("/entropy".to_owned(), json!({ "rate_limiter": { "bandwidth": bytes(1 << 20, 1 << 20) } })),
+    ]);
+    all
 }
 
 async fn drive(connection: impl Future) -> std::convert::Infallible {

@@ -102,6 +102,14 @@ async fn a_boot_configures_everything_before_it_starts() {
             "PUT /machine-config HTTP/1.1",
             "PUT /boot-source HTTP/1.1",
             "PUT /drives/root HTTP/1.1",
+            "PUT /drives/w0 HTTP/1.1",
+            "PUT /drives/w1 HTTP/1.1",
+            "PUT /drives/w2 HTTP/1.1",
+            "PUT /drives/w3 HTTP/1.1",
+            "PUT /drives/r0 HTTP/1.1",
+            "PUT /drives/r1 HTTP/1.1",
+            "PUT /drives/r2 HTTP/1.1",
+            "PUT /drives/r3 HTTP/1.1",
             "PUT /network-interfaces/eth0 HTTP/1.1",
             "PUT /vsock HTTP/1.1",
             "PUT /entropy HTTP/1.1",
@@ -110,10 +118,17 @@ async fn a_boot_configures_everything_before_it_starts() {
     );
     assert_eq!(seen[0].1["track_dirty_pages"], true);
     assert_eq!(seen[0].1["mem_size_mib"], 512);
-    assert_eq!(seen[2].1["cache_type"], "Writeback");
-    assert_eq!(seen[3].1["host_dev_name"], "tap0");
-    assert_eq!(seen[4].1["uds_path"], "/vm/s/v.sock");
-    assert_eq!(seen[6].1["action_type"], "InstanceStart");
+    for (_, drive) in &seen[2..11] {
+        let name = drive["drive_id"].as_str().unwrap();
+        assert_eq!(drive["path_on_host"], format!("/vm/{name}.img"));
+        assert_eq!(drive["cache_type"], "Writeback");
+        assert_eq!(drive["is_read_only"], name.starts_with('r') && name != "root");
+        assert_eq!(drive["is_root_device"], false);
+        assert_eq!(drive["rate_limiter"], seen[2].1["rate_limiter"]);
+    }
+    assert_eq!(seen[11].1["host_dev_name"], "tap0");
+    assert_eq!(seen[12].1["uds_path"], "/vm/s/v.sock");
+    assert_eq!(seen[14].1["action_type"], "InstanceStart");
 }
 
 #[tokio::test]
@@ -136,13 +151,51 @@ async fn a_capture_pauses_and_writes_a_difference() {
 }
 
 #[tokio::test]
+async fn a_capture_of_a_sandbox_goes_into_files_of_its_own() {
+    let (_root, client, id, mut requests) = recorded(NO_CONTENT).await;
+
+    client.pause(&id).await.unwrap();
+    client.write_capture(&id, CaptureKind::Full).await.unwrap();
+    client.resume(&id).await.unwrap();
+    client.renew_drive(&id, "r3").await.unwrap();
+
+    let expected = [
+        ("PATCH /vm ", r#"{"state":"Paused"}"#),
+        (
+            "PUT /snapshot/create ",
+            r#"{"mem_file_path":"/vm/c.mem","snapshot_path":"/vm/c.state","snapshot_type":"Full"}"#,
+        ),
+        ("PATCH /vm ", r#"{"state":"Resumed"}"#),
+        ("PATCH /drives/r3 ", r#"{"drive_id":"r3","path_on_host":"/vm/r3.img"}"#),
+    ];
+    for (start, end) in expected {
+        let request = requests.recv().await.unwrap();
+        assert!(request.starts_with(start) && request.ends_with(end), "{request}");
+    }
+}
+
+#[tokio::test]
+async fn whether_it_is_paused_is_what_it_says_and_nothing_else_is_taken_for_it() {
+    for (answer, expected) in [
+        ("HTTP/1.1 200 \r\nContent-Length: 18\r\n\r\n{\"state\":\"Paused\"}", Some(true)),
+        ("HTTP/1.1 200 \r\nContent-Length: 19\r\n\r\n{\"state\":\"Running\"}", Some(false)),
+        ("HTTP/1.1 200 \r\nContent-Length: 23\r\n\r\n{\"state\":\"Not started\"}", None),
+        ("HTTP/1.1 200 \r\nContent-Length: 2\r\n\r\n[]", None),
+    ] {
+        let (_root, client, id, _requests) = recorded(answer).await;
+
+        assert_eq!(client.is_paused(&id).await.ok(), expected, "{answer}");
+    }
+}
+
+#[tokio::test]
 async fn a_refusal_brings_its_sentence() {
     let (_root, client, id, _requests) = recorded(
         "HTTP/1.1 400 \r\nContent-Type: application/json\r\nContent-Length: 27\r\n\r\n{\"fault_message\":\"no disk\"}",
     )
     .await;
 
-    let error = client.renew_disk(&id).await.unwrap_err();
+    let error = client.renew_drive(&id, ROOT).await.unwrap_err();
 
     assert_eq!(error, Error::Internal("Firecracker answers /drives/root with 400: no disk".into()));
 }

@@ -6,23 +6,29 @@
 //! guest is used for.
 //!
 //! ```text
-//!   backend ──► create, reap, bake, startup       when something shall happen
+//!   backend ──► create, fork, hibernate, wake,      when something shall happen
+//!                  │     reap, bake, startup
 //!                  │ event
 //!                  ▼
-//!               sandbox ──► machine (pure)        what follows from it
+//!               sandbox ──► machine (pure)          what follows from it
 //!                  │ effects
 //!                  ▼
-//!               effects ──► ports                 how it is done: unit, firecracker, agent, remote
+//!               effects, capture, volumes ──► ports how it is done: unit, firecracker, agent, remote
 //! ```
 
 pub mod admission;
 pub mod agent;
+pub mod amend;
 pub mod backend;
 pub mod bake;
+pub mod capture;
 pub mod catalogue;
 pub mod create;
 pub mod effects;
 pub mod firecracker;
+pub mod fork;
+pub mod garbage;
+pub mod hibernate;
 pub mod machine;
 pub mod manager;
 pub mod ports;
@@ -37,4 +43,6 @@ pub mod slots;
 pub mod socket;
 pub mod startup;
 pub mod unit;
+pub mod volumes;
+pub mod wake;
 pub mod wardrobe;

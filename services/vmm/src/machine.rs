@@ -15,7 +15,18 @@
 //! ```
 //!
 //! The states up to `Creating`, and `Baking`, were never acknowledged to anybody: on disk they stay the slot that was being
-//! prepared, and after a crash they are taken down. What was acknowledged (`Running`, `Failed`) is kept until it is deleted. `Paused` and `Hibernated` join here.
+//! prepared, and after a crash they are taken down. What was acknowledged (`Running`, `Paused`, `Hibernated`, `Failed`) is
+//! kept until it is deleted.
+//!
+//! ```text
+//!   Running ─Pause─► Pausing ─Done─► Paused            Paused ─Resume─► Resuming ─Done─► Running
+//!   Running, Paused ─Hibernate─► Hibernating ─Done─► Hibernated ─Wake─► Waking ─Done─► Running
+//! ```
+//!
+//! The four in the middle are never on disk: `Commit` makes durable what follows them, in one write. Before it a `Fault`
+//! leads back to where they came from, and a crash finds the record of before; after it nothing can fail any more. A
+//! hibernated sandbox has no machine; a woken one has another one than before. A capture is no state: it happens in
+//! `Running` or `Paused`, and is undone there after a crash.
 
 use serde::{Deserialize, Serialize};
 
@@ -37,6 +48,25 @@ pub enum State {
     Baking,
     /// The guest answers.
     Running,
+    /// Its processors are being stopped. Never on disk.
+    #[serde(skip)]
+    Pausing,
+    /// Its processors stand still, its machine is there.
+    Paused,
+    /// Its processors are being started again. Never on disk.
+    #[serde(skip)]
+    Resuming,
+    /// It is being captured to be taken down. Never on disk.
+    #[serde(skip)]
+    Hibernating {
+        /// Its processors stood still before.
+        paused: bool,
+    },
+    /// It consists of its record and a capture; its last machine is gone, or going.
+    Hibernated,
+    /// It is being restored into a slot. Never on disk.
+    #[serde(skip)]
+    Waking,
     /// A persistent sandbox that is booted again from its disk.
     Recovering,
     /// The machine is gone for good; disk and record are kept until deletion.
@@ -68,6 +98,14 @@ pub enum Event {
     Setback,
     /// The process ended by itself.
     Died,
+    /// Its processors shall stand still.
+    Pause,
+    /// Its processors shall go on.
+    Resume,
+    /// It shall be put onto storage.
+    Hibernate,
+    /// It shall be brought back from storage.
+    Wake,
     /// Somebody wants it gone; also repeats a teardown that failed.
     Delete,
     /// It is the turn of one that waits to be booted again.
@@ -100,6 +138,22 @@ pub enum Effect {
     StartUnit,
     /// Watch the process of a unit that runs already.
     Watch,
+    /// Stop the processors, if they run.
+    Halt,
+    /// Let the processors go on, if they stand still.
+    Resume,
+    /// Remove what an unfinished capture left.
+    AbortCapture,
+    /// Capture it, and leave its processors standing still.
+    CaptureImage,
+    /// Make durable what it is once this step is done. The step's last effect.
+    Commit,
+    /// Take a slot, for as long as this step lasts.
+    Borrow,
+    /// Set limits and fill the borrowed slot from the capture that the sandbox consists of.
+    FurnishImage,
+    /// Take the borrowed slot down.
+    GiveBack,
     /// Attach the process to the network.
     Attach,
     /// Wait until Firecracker takes orders.
@@ -110,10 +164,8 @@ pub enum Effect {
     Limit,
     /// Load the snapshot and let it run.
     Load,
-    /// Stop the processors.
-    Pause,
-    /// Let stopped processors go on.
-    Resume,
+    /// Let the processors of a dressed slot go on, which stand still for sure.
+    Unpause,
     /// Greet a guest that is unique already and give it the time and fresh entropy.
     Freshen,
     /// Boot the disk.
@@ -122,6 +174,8 @@ pub enum Effect {
     Identify,
     /// Let the guest use a disk that is larger than the snapshot's.
     GrowDisk,
+    /// Let the guest see and mount its volumes.
+    Mount,
     /// Run the template's warm-up command.
     WarmUp,
     /// Take the snapshot.
@@ -134,6 +188,10 @@ pub enum Effect {
     Detach,
     /// Remove the directory. Only when the process is gone.
     Release,
+    /// Its volumes are free for others. Only when the process is gone.
+    DropVolumes,
+    /// Remove the capture that it consisted of, or was to consist of.
+    DropImage,
     /// Remove the record. Only when nothing else is left.
     Forget,
 }
@@ -141,9 +199,9 @@ pub enum Effect {
 use Effect as E;
 
 const PREPARE: &[Effect] = &[E::Save, E::Prepare, E::LimitExpected, E::StartUnit, E::Attach, E::AwaitApi];
-const DRESS: &[Effect] = &[E::Furnish, E::Load, E::Identify, E::Pause];
-const CREATE: &[Effect] = &[E::Furnish, E::Announce, E::Load, E::Identify, E::GrowDisk];
-const CREATE_DRESSED: &[Effect] = &[E::Announce, E::Resume, E::Freshen];
+const DRESS: &[Effect] = &[E::Furnish, E::Load, E::Identify, E::Halt];
+const CREATE: &[Effect] = &[E::Furnish, E::Announce, E::Load, E::Identify, E::GrowDisk, E::Mount];
+const CREATE_DRESSED: &[Effect] = &[E::Announce, E::Unpause, E::Freshen];
 const BAKE: &[Effect] =
     &[E::Save, E::FurnishPristine, E::Boot, E::Identify, E::WarmUp, E::Capture, E::StopUnit, E::Seal];
 const RECOVER: &[Effect] = &[
@@ -156,14 +214,23 @@ const RECOVER: &[Effect] = &[
     E::Limit,
     E::Boot,
     E::Identify,
+    E::Mount,
 ];
+const PAUSE: &[Effect] = &[E::Halt, E::Commit];
+const RESUME: &[Effect] = &[E::Resume, E::Commit];
+const HIBERNATE: &[Effect] = &[E::CaptureImage, E::Commit];
+/// The capture is what counts from now on.
+const SLEEP: &[Effect] = &[E::Announce, E::StopUnit, E::Detach, E::Release];
+const CLEAR: &[Effect] = &[E::StopUnit, E::Detach, E::Release];
+const WAKE: &[Effect] = &[E::Borrow, E::FurnishImage, E::Load, E::Freshen, E::Commit];
 const SETTLE: &[Effect] = &[E::Save, E::Announce];
 const FAIL: &[Effect] = &[E::Save, E::Announce, E::StopUnit, E::Detach];
 const QUIET: &[Effect] = &[E::StopUnit, E::Detach];
 /// What was never acknowledged: the record on disk already says that it is to be taken down.
-const DISCARD: &[Effect] = &[E::Announce, E::StopUnit, E::Detach, E::Release, E::Forget];
+const DISCARD: &[Effect] = &[E::Announce, E::StopUnit, E::Detach, E::Release, E::DropVolumes, E::Forget];
 /// What was acknowledged: first it must be durable that it is not wanted any more.
-const DELETE: &[Effect] = &[E::Save, E::Announce, E::StopUnit, E::Detach, E::Release, E::Forget];
+const DELETE: &[Effect] =
+    &[E::Save, E::Announce, E::StopUnit, E::Detach, E::Release, E::DropVolumes, E::DropImage, E::Forget];
 
 impl State {
     /// The next state and what must be done for it; `None` when this event has no business here.
@@ -186,16 +253,40 @@ impl State {
             )
             | (S::Ready, V::Died | V::Delete | V::Lost { .. }) => (S::Stopping, DISCARD),
 
-            (S::Running, V::Adopt) => (S::Running, &[E::Watch]),
-            (S::Running | S::Recovering, V::Lost { recover: true }) => (S::Recovering, SETTLE),
+            (S::Running, V::Pause) => (S::Pausing, PAUSE),
+            (S::Pausing, V::Done) => (S::Paused, &[E::Announce]),
+            (S::Pausing, V::Fault) => (S::Running, &[E::Resume]),
+            (S::Paused, V::Resume) => (S::Resuming, RESUME),
+            (S::Resuming | S::Waking, V::Done) => (S::Running, &[E::Announce]),
+            (S::Resuming, V::Fault) => (S::Paused, &[E::Halt]),
+            (S::Running, V::Hibernate) => (S::Hibernating { paused: false }, HIBERNATE),
+            (S::Paused, V::Hibernate) => (S::Hibernating { paused: true }, HIBERNATE),
+            (S::Hibernating { .. }, V::Done) => (S::Hibernated, SLEEP),
+            (S::Hibernating { paused: false }, V::Fault) => (S::Running, &[E::DropImage, E::Resume]),
+            (S::Hibernating { paused: true }, V::Fault) => (S::Paused, &[E::DropImage]),
+            (S::Hibernated, V::Wake) => (S::Waking, WAKE),
+            (S::Waking, V::Fault) => (S::Hibernated, &[E::GiveBack]),
+            // What is asked for is so already.
+            (S::Running, V::Resume | V::Wake) => (S::Running, &[]),
+            (S::Paused, V::Pause) => (S::Paused, &[]),
+            (S::Hibernated, V::Hibernate) => (S::Hibernated, &[]),
+
+            (S::Running, V::Adopt) => (S::Running, &[E::Watch, E::Resume, E::AbortCapture]),
+            (S::Paused, V::Adopt) => (S::Paused, &[E::Watch, E::Halt, E::AbortCapture]),
+            (S::Hibernated, V::Adopt) => (S::Hibernated, CLEAR),
+            (S::Running | S::Paused | S::Recovering, V::Lost { recover: true }) => (S::Recovering, SETTLE),
             (S::Recovering, V::Boot) => (S::Recovering, RECOVER),
             (S::Recovering, V::Setback) => (S::Recovering, QUIET),
-            (S::Running | S::Recovering, V::Died | V::Lost { recover: false })
+            (S::Running | S::Paused | S::Recovering, V::Died | V::Lost { recover: false })
             | (S::Recovering, V::Fault) => (S::Failed, FAIL),
-            // The last record could not be saved; whoever waits is told.
+            // The last record could not be saved, or a machine not taken down; whoever waits is told.
             (S::Running, V::Fault) => (S::Running, &[]),
+            (S::Paused, V::Fault) => (S::Paused, &[]),
+            (S::Hibernated, V::Died | V::Fault | V::Lost { .. }) => (S::Hibernated, &[]),
 
-            (S::Running | S::Recovering | S::Failed, V::Delete) => (S::Stopping, DELETE),
+            (S::Running | S::Paused | S::Hibernated | S::Recovering | S::Failed, V::Delete) => {
+                (S::Stopping, DELETE)
+            }
             (S::Failed, V::Adopt) => (S::Failed, QUIET),
             (S::Failed, V::Died | V::Fault | V::Lost { .. }) => (S::Failed, &[]),
 
@@ -211,6 +302,7 @@ impl State {
     pub fn is_working(self, event: Event) -> bool {
         match self {
             Self::Preparing | Self::Dressing | Self::Creating | Self::Baking | Self::Stopping => true,
+            Self::Pausing | Self::Resuming | Self::Hibernating { .. } | Self::Waking => true,
             Self::Recovering => event == Event::Boot,
             _ => false,
         }
@@ -218,7 +310,15 @@ impl State {
 
     /// Whether a delete may cut the work short (between effects).
     pub fn is_abortable(self) -> bool {
-        matches!(self, Self::Preparing | Self::Dressing | Self::Creating | Self::Baking | Self::Recovering)
+        matches!(
+            self,
+            Self::Preparing
+                | Self::Dressing
+                | Self::Creating
+                | Self::Baking
+                | Self::Waking
+                | Self::Recovering
+        )
     }
 }
 
@@ -231,7 +331,8 @@ impl Effect {
 
     /// Whether the effects after this one are tried even if it fails.
     pub fn is_teardown(self) -> bool {
-        matches!(self, Self::StopUnit | Self::Detach | Self::Release | Self::Announce)
+        let takes_away = matches!(self, E::StopUnit | E::Detach | E::Release | E::DropVolumes | E::DropImage);
+        takes_away || self == E::Announce
     }
 }
 

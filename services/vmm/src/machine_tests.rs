@@ -12,10 +12,25 @@ const STATES: &[State] = &[
     State::Creating,
     State::Baking,
     State::Running,
+    State::Pausing,
+    State::Paused,
+    State::Resuming,
+    State::Hibernating { paused: false },
+    State::Hibernating { paused: true },
+    State::Hibernated,
+    State::Waking,
     State::Recovering,
     State::Failed,
     State::Stopping,
     State::Gone,
+];
+/// States that no record has.
+const NEVER_ON_DISK: &[State] = &[
+    State::Pausing,
+    State::Resuming,
+    State::Hibernating { paused: false },
+    State::Hibernating { paused: true },
+    State::Waking,
 ];
 const EVENTS: &[Event] = &[
     Event::Begin,
@@ -28,6 +43,10 @@ const EVENTS: &[Event] = &[
     Event::Setback,
     Event::Boot,
     Event::Died,
+    Event::Pause,
+    Event::Resume,
+    Event::Hibernate,
+    Event::Wake,
     Event::Delete,
     Event::Lost { recover: true },
     Event::Lost { recover: false },
@@ -39,17 +58,55 @@ const EVENTS: &[Event] = &[
 struct Model {
     record: Option<State>,
     held: BTreeSet<&'static str>,
+    /// Its processors stand still.
+    halted: bool,
 }
 
 impl Model {
     /// Does one effect; false when it was attempted in a world in which it must not be.
     fn perform(&mut self, state: State, effect: Effect) -> bool {
         match effect {
-            Effect::Save => self.record = Some(state),
+            Effect::Save => {
+                assert!(!NEVER_ON_DISK.contains(&state), "{state:?} is never on disk");
+                self.record = Some(state);
+            }
             Effect::Prepare => drop(self.held.insert("directory")),
             Effect::StartUnit => drop(self.held.insert("unit")),
             Effect::Attach => drop(self.held.insert("network")),
-            Effect::StopUnit => drop(self.held.remove("unit")),
+            Effect::Load | Effect::Boot => self.halted = false,
+            Effect::Halt => self.halted = true,
+            Effect::Resume => self.halted = false,
+            Effect::CaptureImage => {
+                self.halted = true;
+                self.held.insert("image");
+            }
+            Effect::Borrow => {
+                // Two machines of one sandbox would write the same volumes.
+                if self.held.contains("unit") {
+                    return false;
+                }
+                self.held.insert("slot");
+            }
+            Effect::GiveBack => drop(self.held.remove("slot")),
+            Effect::Commit => {
+                let (next, _) = state.on(Event::Done).unwrap();
+                if next == State::Hibernated && !self.held.contains("image") {
+                    return false;
+                }
+                if state == State::Waking {
+                    if !self.held.remove("slot") {
+                        return false;
+                    }
+                    self.held.remove("image");
+                    self.held.extend(["unit", "network", "directory"]);
+                }
+                self.record = Some(next);
+            }
+            Effect::DropImage => drop(self.held.remove("image")),
+            Effect::StopUnit => {
+                self.held.remove("unit");
+                self.halted = false;
+            }
             Effect::Detach => drop(self.held.remove("network")),
             Effect::Release => {
                 if self.held.contains("unit") {
@@ -57,6 +114,7 @@ impl Model {
                 }
                 self.held.remove("directory");
             }
+            Effect::DropVolumes if self.held.contains("unit") => return false,
             Effect::Forget => {
                 if !self.held.is_empty() {
                     return false;
@@ -70,19 +128,72 @@ impl Model {
         self.held.is_empty() || self.record.is_some()
     }
 
-    /// Runs an event to its end, `budget` effects at most (then power is cut: `None`).
-    fn run(&mut self, mut state: State, mut event: Event, budget: &mut usize) -> Option<State> {
+    /// Runs an event to its end, `budget` effects at most (then power is cut: `None`). Effect number `fault`, counted down,
+    /// fails and has no effect.
+    fn run(
+        &mut self,
+        mut state: State,
+        mut event: Event,
+        budget: &mut usize,
+        fault: &mut usize,
+    ) -> Option<State> {
         loop {
             let Some((next, effects)) = state.on(event) else { return Some(state) };
             state = next;
+            let mut failed = false;
             for effect in effects {
+                // The shell's rules: what must not be done after a failure, and what is tried all the same.
+                if failed && matches!(effect, Effect::Release | Effect::DropVolumes | Effect::Forget) {
+                    continue;
+                }
                 *budget = budget.checked_sub(1)?;
+                *fault = fault.wrapping_sub(1);
+                if *fault == 0 {
+                    failed = true;
+                    if !effect.is_teardown() || state.is_abortable() {
+                        break;
+                    }
+                    continue;
+                }
                 assert!(self.perform(state, *effect), "{effect:?} in {state:?}: {self:?}");
             }
-            if !state.is_working(event) || effects.is_empty() {
-                return Some(state);
-            }
-            event = Event::Done;
+            event = match event {
+                Event::Fault if failed => return Some(state),
+                _ if failed => Event::Fault,
+                _ if !state.is_working(event) || effects.is_empty() => return Some(state),
+                _ => Event::Done,
+            };
+        }
+    }
+
+    fn run_whole(&mut self, state: State, event: Event) -> State {
+        self.run(state, event, &mut usize::MAX.clone(), &mut usize::MAX.clone()).unwrap()
+    }
+
+    /// Starts again from what is on disk, as start-up does it.
+    fn restart(&mut self, recover: bool) -> State {
+        // The slot has a record of its own, and garbage is collected.
+        self.held.remove("slot");
+        let Some(record) = self.record else { return State::New };
+        let state = self.run_whole(record, after_restart(record, self.held.contains("unit"), recover));
+        if !matches!(record, State::Hibernated | State::Stopping) {
+            self.held.remove("image");
+        }
+        match state {
+            State::Recovering => self.run_whole(state, Event::Boot),
+            other => other,
+        }
+    }
+
+    /// Whether what is there is what this state promises.
+    fn keeps(&self, state: State) -> bool {
+        let machine = ["unit", "network", "directory"].iter().all(|part| self.held.contains(part));
+        let image = self.held.contains("image");
+        match state {
+            State::Running => machine && !self.halted && !image,
+            State::Paused => machine && self.halted && !image,
+            State::Hibernated => image,
+            _ => true,
         }
     }
 }
@@ -90,9 +201,61 @@ impl Model {
 /// What start-up does with a record, as reconciliation decides it.
 fn after_restart(record: State, unit: bool, recover: bool) -> Event {
     match record {
-        State::Running if unit => Event::Adopt,
-        State::Failed => Event::Adopt,
+        State::Running | State::Paused if unit => Event::Adopt,
+        State::Failed | State::Hibernated => Event::Adopt,
         _ => Event::Lost { recover },
+    }
+}
+
+/// A sandbox at rest with everything that belongs to it.
+fn at_rest(state: State) -> Model {
+    let held = match state {
+        State::Hibernated => vec!["image"],
+        _ => vec!["unit", "network", "directory"],
+    };
+    Model { record: Some(state), held: held.into_iter().collect(), halted: state == State::Paused }
+}
+
+#[test]
+fn a_verb_that_fails_anywhere_leaves_everything_as_before() {
+    let verbs = [
+        (State::Running, Event::Pause),
+        (State::Paused, Event::Resume),
+        (State::Running, Event::Hibernate),
+        (State::Paused, Event::Hibernate),
+        (State::Hibernated, Event::Wake),
+    ];
+    for (before, verb) in verbs {
+        let (working, effects) = before.on(verb).unwrap();
+        assert!(working.is_working(verb) && effects.last() == Some(&Effect::Commit), "{before:?} {verb:?}");
+        for fault in 1..=effects.len() {
+            let mut model = at_rest(before);
+
+            let after = model.run(before, verb, &mut usize::MAX.clone(), &mut fault.clone()).unwrap();
+
+            assert_eq!((after, &model), (before, &at_rest(before)), "{verb:?}, effect {fault} fails");
+        }
+        let mut model = at_rest(before);
+        let after = model.run_whole(before, verb);
+        assert!(after != before && model == at_rest(after), "{verb:?}: {model:?}");
+    }
+}
+
+#[test]
+fn a_verb_cut_short_anywhere_is_undone_or_done() {
+    for before in [State::Running, State::Paused, State::Hibernated] {
+        for verb in [Event::Pause, Event::Resume, Event::Hibernate, Event::Wake] {
+            for budget in 0..12 {
+                let mut model = at_rest(before);
+                let done = model.run(before, verb, &mut budget.clone(), &mut usize::MAX.clone());
+                let acknowledged = done.filter(|after| *after != before);
+
+                let after = model.restart(true);
+
+                assert!(model.keeps(after), "{before:?} {verb:?} {budget}: {after:?} {model:?}");
+                assert!(acknowledged.is_none_or(|acknowledged| acknowledged == after), "{verb:?} {budget}");
+            }
+        }
     }
 }
 
@@ -101,6 +264,8 @@ fn every_state_that_was_acknowledged_survives_a_restart() {
     for (state, kept) in [
         (State::Running, true),
         (State::Recovering, true),
+        (State::Paused, true),
+        (State::Hibernated, true),
         (State::Failed, true),
         (State::Creating, false),
         (State::Preparing, false),
@@ -115,7 +280,7 @@ fn every_state_that_was_acknowledged_survives_a_restart() {
 
 #[test]
 fn a_deletion_is_durable_before_anything_acknowledged_is_taken_away() {
-    for state in [State::Running, State::Recovering, State::Failed] {
+    for state in [State::Running, State::Paused, State::Hibernated, State::Recovering, State::Failed] {
         let (_, effects) = state.on(Event::Delete).unwrap();
 
         assert_eq!(effects.first(), Some(&Effect::Save), "{state:?}");
@@ -138,52 +303,55 @@ fn the_outcome_of_an_event_is_never_a_state_of_before() {
 }
 
 proptest! {
-    /// Any history, a power cut at any effect, a restart, again: in the end a delete leaves nothing, and at no time does
-    /// anything exist without a record.
+    /// Any history, with failures, the daemon killed or power cut at any effect, a restart, again: at no time does anything
+    /// exist without a record, what is acknowledged is kept, and in the end a delete leaves nothing.
     #[test]
     fn nothing_is_ever_left_over(
-        rounds in vec((vec(select(EVENTS), 0..12), 0usize..40, any::<bool>()), 1..5),
+        rounds in vec((vec(select(EVENTS), 0..16), 0usize..60, 1usize..80, any::<bool>(), any::<bool>()), 1..5),
     ) {
         let mut model = Model::default();
         let mut state = State::New;
-        for (events, mut budget, recover) in rounds {
-            let mut alive = model.run(state, Event::Begin, &mut budget);
+        for (events, mut budget, mut fault, power, recover) in rounds {
+            let mut alive = model.run(state, Event::Begin, &mut budget, &mut fault);
+            if alive == Some(State::Ready) {
+                alive = model.run(State::Ready, Event::Take, &mut budget, &mut fault);
+            }
             for event in events {
                 let Some(now) = alive else { break };
                 // Only start-up and the shell say these.
                 if matches!(event, Event::Lost { .. } | Event::Adopt | Event::Done | Event::Fault | Event::Setback | Event::Boot) { continue }
-                if event == Event::Died { model.held.remove("unit"); }
-                alive = model.run(now, event, &mut budget);
-            }
-            // Power is gone: no process survives, files and records do.
-            model.held.remove("unit");
-            model.held.remove("network");
-            state = match model.record {
-                None => { prop_assert!(model.held.is_empty()); State::New }
-                Some(record) => {
-                    let event = after_restart(record, false, recover);
-                    let state = model.run(record, event, &mut usize::MAX.clone()).unwrap();
-                    match state {
-                        State::Recovering => model.run(state, Event::Boot, &mut usize::MAX.clone()).unwrap(),
-                        other => other,
-                    }
+                if event == Event::Died {
+                    // Nobody watches a process that was stopped.
+                    if now == State::Hibernated { continue }
+                    model.held.remove("unit");
                 }
-            };
+                // A machine that is still there is taken down before another is borrowed.
+                if event == Event::Wake && now == State::Hibernated && model.held.contains("unit") {
+                    model.run_whole(now, Event::Adopt);
+                }
+                alive = model.run(now, event, &mut budget, &mut fault);
+            }
+            if power {
+                // No process survives, files and records do.
+                model.held.remove("unit");
+                model.held.remove("network");
+            }
+            state = model.restart(recover);
+            prop_assert!(model.keeps(state), "{:?} {:?}", state, model);
         }
         if let Some(record) = model.record {
             let state = if state == State::New { record } else { state };
-            let end = model.run(state, Event::Delete, &mut usize::MAX.clone()).unwrap();
-            prop_assert_eq!(end, State::Gone);
+            prop_assert_eq!(model.run_whole(state, Event::Delete), State::Gone);
         }
-        prop_assert_eq!(model, Model::default());
+        prop_assert_eq!((model.record, model.held.len()), (None, 0));
     }
 
     /// A failure in the middle of work ends in a state at rest: taken down, or failed without a process.
     #[test]
     fn a_fault_ends_at_rest(state in select(STATES)) {
         if let Some((next, effects)) = state.on(Event::Fault) {
-            prop_assert!(matches!(next, State::Stopping | State::Failed | State::Running | State::Gone));
-            if state.is_abortable() {
+            prop_assert!(!next.is_working(Event::Fault) || next == State::Stopping);
+            if state.is_abortable() && state != State::Waking {
                 prop_assert!(effects.contains(&Effect::StopUnit) && effects.contains(&Effect::Detach));
             }
         }
@@ -228,6 +396,6 @@ fn a_create_is_on_disk_as_a_slot_until_its_guest_is_unique() {
 #[test]
 fn a_dressed_slot_is_unique_and_waits_without_running() {
     let (dressing, effects) = State::Ready.on(Event::Dress).unwrap();
-    assert_eq!(effects[effects.len() - 2..], [Effect::Identify, Effect::Pause]);
+    assert_eq!(effects[effects.len() - 2..], [Effect::Identify, Effect::Halt]);
     assert_eq!(dressing.on(Event::Done).unwrap(), (State::Ready, &[][..]));
 }

@@ -8,12 +8,16 @@ use std::{
     path::Path,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::{SystemTime, UNIX_EPOCH},
 };
 
-use pandastack_bus::{Error, Result, SandboxId, vmm::Capacity, vmm::unknown_sandbox};
+use pandastack_bus::{
+    Error, Result, SandboxId,
+    storage::SnapshotInfo,
+    vmm::{Capacity, Fork, unknown_sandbox},
+};
 use pandastack_daemon::records::{Records, RecordsError};
 use tokio::{
     sync::{Notify, Semaphore, mpsc, watch},
@@ -41,6 +45,8 @@ pub struct Config {
     pub parallel: usize,
     /// Sandboxes that one workspace may have, whatever their state.
     pub workspace_sandboxes: usize,
+    /// Seconds without use after which a persistent sandbox is hibernated; 0: never.
+    pub idle_hibernate_seconds: u64,
 }
 
 /// A sandbox changed; to be told on the bus.
@@ -70,21 +76,31 @@ pub struct Manager<W> {
     /// Durable requests whose sandbox is gone.
     pub tombstones: Arc<Records<Tombstone>>,
     /// Requests by name.
-    pub requests: Requests,
+    pub requests: Requests<SandboxId>,
+    /// Forks by request.
+    pub forks: Requests<Fork>,
+    /// Snapshots that are being taken, by id.
+    pub snapshots: Requests<SnapshotInfo>,
+    /// Snapshots that nobody needs any more and that could not be deleted yet.
+    pub garbage: Mutex<Vec<String>>,
+    /// Nothing is made any more: the appliance is about to go down.
+    pub closing: AtomicBool,
     /// Changes to be told.
     pub changes: mpsc::UnboundedSender<Change>,
     /// Starts of units at the same time.
     pub starts: Semaphore,
     /// Restores at the same time.
-    pub restores: Semaphore,
+    pub restores: Arc<Semaphore>,
     /// Sandboxes booted again at the same time.
     pub recoveries: Semaphore,
+    /// Sandboxes hibernated by us at the same time.
+    pub hibernations: Semaphore,
     /// Sandboxes that workspaces are about to get.
     pub claims: Claims,
     /// Creates under way.
     pub creating: watch::Sender<usize>,
     /// Memory that creates under way are expected to take, MiB.
-    pub pending_mib: AtomicU64,
+    pub pending_mib: Arc<AtomicU64>,
     /// Slots are missing.
     pub refill: Notify,
     /// Space on the data partition as last told: free and reserve, bytes.
@@ -118,15 +134,20 @@ impl<W: World> Manager<W> {
             config,
             catalogue: Arc::default(),
             requests: Requests::default(),
+            forks: Requests::default(),
+            snapshots: Requests::default(),
+            garbage: Mutex::default(),
+            closing: AtomicBool::new(false),
             records: Arc::new(records),
             tombstones: Arc::new(tombstones),
             changes,
             starts: Semaphore::new(config.parallel),
-            restores: Semaphore::new(config.parallel),
+            restores: Arc::new(Semaphore::new(config.parallel)),
             recoveries: Semaphore::new(config.parallel),
+            hibernations: Semaphore::new(config.parallel),
             claims: Claims::default(),
             creating: watch::Sender::new(0),
-            pending_mib: AtomicU64::new(0),
+            pending_mib: Arc::default(),
             refill: Notify::new(),
             space: Mutex::new(None),
             asked: Asked::default(),
@@ -143,8 +164,21 @@ impl<W: World> Manager<W> {
             }
             manager.insert(Sandbox::new(record, manager.now_ms()));
         }
-        manager.requests.load(&manager.all(), manager.tombstones.iter()?, manager.unix_ms());
+        let (all, tombstones) = (manager.all(), manager.tombstones.iter()?);
+        manager.requests.load(&all, &tombstones, manager.unix_ms());
+        manager.forks.load(&all, &tombstones, manager.unix_ms());
         Ok(Arc::new(manager))
+    }
+
+    /// Whether something new may be made.
+    ///
+    /// # Errors
+    /// [`Error::NotReady`].
+    pub fn check_open(&self) -> Result<()> {
+        match self.closing.load(Ordering::SeqCst) {
+            true => Err(Error::NotReady("the appliance is about to go down".into())),
+            false => Ok(()),
+        }
     }
 
     /// Milliseconds on a clock that starts with the daemon and never jumps.

@@ -4,9 +4,14 @@
 //! [`NetworkBackend`]). Refuses to know: how anything is done. Every method is bounded in time by its implementation and
 //! answers with the error that the caller of vmm gets.
 
-use std::{collections::BTreeMap, future::Future, os::fd::OwnedFd, sync::Arc};
+use std::{collections::BTreeMap, future::Future, os::fd::OwnedFd, sync::Arc, time::Duration};
 
-use pandastack_bus::{Result, SandboxId, network::NetworkBackend, storage::StorageBackend};
+use pandastack_bus::{
+    Result, SandboxId,
+    network::NetworkBackend,
+    storage::{CaptureKind, StorageBackend},
+};
+use pandastack_protocol::Mount;
 use tokio::time::Instant;
 
 /// A process, held by a file descriptor that becomes readable when it ends.
@@ -61,22 +66,26 @@ pub trait Hypervisor: Send + Sync + 'static {
     fn await_api(&self, id: &SandboxId) -> impl Future<Output = Result<()>> + Send;
     /// Restores from `/vm/state` and `/vm/mem` and lets the guest run.
     fn load(&self, id: &SandboxId) -> impl Future<Output = Result<()>> + Send;
-    /// Stops the processors.
-    fn pause(&self, id: &SandboxId) -> impl Future<Output = Result<()>> + Send;
-    /// Lets the processors of a paused machine run.
-    fn resume(&self, id: &SandboxId) -> impl Future<Output = Result<()>> + Send;
     /// Configures and boots from `/vm/vmlinux`, `/vm/initrd.img`, `/vm/root.img`.
     fn boot(&self, id: &SandboxId, machine: Machine) -> impl Future<Output = Result<()>> + Send;
     /// Stops the processors and writes the difference to an empty memory into `/vm/mem` and `/vm/state`.
     fn capture(&self, id: &SandboxId) -> impl Future<Output = Result<()>> + Send;
-    /// Opens the root disk again, so that the guest sees its present size.
-    fn renew_disk(&self, id: &SandboxId) -> impl Future<Output = Result<()>> + Send;
+    /// Opens a drive (`root`, `w0`, `r0` …) again, so that the guest sees its present size.
+    fn renew_drive(&self, id: &SandboxId, drive: &str) -> impl Future<Output = Result<()>> + Send;
+    /// Whether the processors stand still.
+    fn is_paused(&self, id: &SandboxId) -> impl Future<Output = Result<bool>> + Send;
+    /// Stops the processors.
+    fn pause(&self, id: &SandboxId) -> impl Future<Output = Result<()>> + Send;
+    /// Lets the processors go on.
+    fn resume(&self, id: &SandboxId) -> impl Future<Output = Result<()>> + Send;
+    /// Writes `/vm/c.mem` and `/vm/c.state`. The processors must stand still.
+    fn write_capture(&self, id: &SandboxId, kind: CaptureKind) -> impl Future<Output = Result<()>> + Send;
 }
 
 /// Who a guest shall be.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Identification {
-    /// 32 hexadecimal digits; `None` for a guest that shall be nobody (a bake), or stay who it is.
+    /// 32 hexadecimal digits; `None` for a guest that shall be nobody (a bake), or stay who it is (a wake).
     pub machine_id: Option<String>,
     /// Environment of every exec.
     pub env: BTreeMap<String, String>,
@@ -102,6 +111,10 @@ pub trait Guest: Send + Sync + 'static {
     ) -> impl Future<Output = Result<Answered>> + Send;
     /// Grows the root file system to its disk.
     fn grow_root(&self, id: &SandboxId) -> impl Future<Output = Result<()>> + Send;
+    /// Writes everything dirty to its disks, within `limit`.
+    fn sync(&self, id: &SandboxId, limit: Duration) -> impl Future<Output = Result<()>> + Send;
+    /// Mounts volumes; those that are mounted already are left alone.
+    fn mount(&self, id: &SandboxId, mounts: Vec<Mount>) -> impl Future<Output = Result<()>> + Send;
     /// Runs a shell command to its end; fails when it does. Then leaves the guest quiet: synced, no connection, no session.
     fn warm_up(&self, id: &SandboxId, command: &str) -> impl Future<Output = Result<()>> + Send;
     /// A connected stream to the agent, nothing spoken on it.

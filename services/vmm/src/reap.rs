@@ -1,4 +1,4 @@
-//! What happens by the clock: idle sandboxes end, unfinished teardowns are repeated, old requests are forgotten.
+//! What happens by the clock: idle sandboxes end or are hibernated, unfinished teardowns are repeated, old requests are forgotten.
 //!
 //! Owns: the intervals. Refuses to know: what ending means.
 
@@ -11,6 +11,7 @@ use pandastack_bus::{Error, storage::StorageBackend};
 use tokio::time::{MissedTickBehavior, interval};
 
 use crate::{
+    hibernate::is_sleepy,
     machine::{Event, State},
     manager::Manager,
     ports::World,
@@ -24,7 +25,7 @@ const PURGE_EVERY: u64 = 720;
 
 /// Whether a sandbox has been idle for too long.
 pub fn is_due(record: &Record, idle_seconds: u64) -> bool {
-    matches!(record.state, State::Running | State::Failed)
+    matches!(record.state, State::Running | State::Paused | State::Hibernated | State::Failed)
         && record
             .sandbox()
             .is_some_and(|inner| !inner.spec.persistent && idle_seconds >= inner.spec.ttl_seconds)
@@ -39,6 +40,7 @@ impl<W: World> Manager<W> {
         loop {
             ticks.tick().await;
             self.reap();
+            self.sweep().await;
             self.look_at_space().await;
             if round.is_multiple_of(PURGE_EVERY) {
                 self.purge();
@@ -57,14 +59,27 @@ impl<W: World> Manager<W> {
     pub fn reap(self: &Arc<Self>) {
         for sandbox in self.all() {
             let record = sandbox.record();
-            let with = if is_due(&record, sandbox.idle_seconds(self.now_ms())) {
+            let idle = sandbox.idle_seconds(self.now_ms());
+            let manager = Arc::clone(self);
+            if is_sleepy(&record, idle, self.config.idle_hibernate_seconds) && !sandbox.is_busy() {
+                tokio::spawn(async move { manager.hibernate_idle(&sandbox).await });
+                continue;
+            }
+            if record.state == State::Hibernated
+                && sandbox.sleep.is_untidy()
+                && !sandbox.is_busy()
+                && !self.leaves_machine(&record)
+            {
+                tokio::spawn(async move { manager.tidy(&sandbox).await });
+                continue;
+            }
+            let with = if is_due(&record, idle) {
                 self.ending(&sandbox)
             } else if record.state == State::Stopping && !sandbox.is_busy() {
                 Happening::because("the last attempt to take it down failed")
             } else {
                 continue;
             };
-            let manager = Arc::clone(self);
             tokio::spawn(async move {
                 match manager.happen(&sandbox, Event::Delete, with).await {
                     // Somebody was faster.
@@ -98,7 +113,9 @@ impl<W: World> Manager<W> {
 
     fn purge(self: &Arc<Self>) {
         let now = self.unix_ms();
-        self.requests.purge(now, |id| self.find(id).is_some());
+        let is_there = |id: &str| id.parse().is_ok_and(|id| self.find(&id).is_some());
+        self.requests.purge(now, |id| is_there(id.as_str()));
+        self.forks.purge(now, |fork| fork.children.iter().any(|birth| is_there(&birth.id)));
         let tombstones = Arc::clone(&self.tombstones);
         tokio::task::spawn_blocking(move || {
             let old = tombstones.iter().map(|all| {
@@ -131,6 +148,8 @@ mod tests {
             ttl_seconds: 60,
             persistent,
             disk_mib: 0,
+            snapshot: String::new(),
+            volumes: Vec::new(),
         };
         let shape = Shape {
             template: "base".into(),
@@ -143,16 +162,7 @@ mod tests {
         };
         let mut record = Record::slot(SandboxId::random(), 0);
         record.state = state;
-        record.purpose = Purpose::Sandbox(Box::new(Sandbox {
-            request: String::new(),
-            fingerprint: String::new(),
-            spec,
-            shape,
-            machine_id: String::new(),
-            boot_mode: "snapshot".into(),
-            boot_ms: 1,
-            born: true,
-        }));
+        record.purpose = Purpose::Sandbox(Box::new(Sandbox::new("", String::new(), spec, shape, "snapshot")));
         record
     }
 
@@ -163,6 +173,17 @@ mod tests {
         assert!(is_due(&sandbox(State::Failed, false), 60));
         assert!(!is_due(&sandbox(State::Running, true), 1_000_000));
         assert!(!is_due(&sandbox(State::Creating, false), 60));
+        assert!(is_due(&sandbox(State::Paused, false), 60) && is_due(&sandbox(State::Hibernated, false), 60));
         assert!(!is_due(&Record::slot(SandboxId::random(), 0), 1_000_000));
+    }
+
+    #[test]
+    fn only_what_runs_idle_and_is_persistent_is_put_to_sleep() {
+        assert!(is_sleepy(&sandbox(State::Running, true), 300, 300));
+        assert!(!is_sleepy(&sandbox(State::Running, true), 299, 300));
+        assert!(!is_sleepy(&sandbox(State::Running, true), 1_000_000, 0), "never");
+        assert!(!is_sleepy(&sandbox(State::Running, false), 300, 300));
+        assert!(!is_sleepy(&sandbox(State::Paused, true), 300, 300), "somebody paused it");
+        assert!(!is_sleepy(&sandbox(State::Hibernated, true), 300, 300));
     }
 }

@@ -13,12 +13,14 @@ use crate::machine::{Event, State};
 pub const LOST: &str = "its machine was lost (power cut or crash)";
 
 /// A record, as far as it matters here.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Known {
     /// Its state on disk.
     pub state: State,
     /// Brought back after a power cut.
     pub persistent: bool,
+    /// Unit, directory and attachment that are its.
+    pub machine: SandboxId,
 }
 
 /// What was found.
@@ -39,7 +41,9 @@ pub struct Found {
 pub enum Action {
     /// Something happened to a sandbox that is on record.
     Happen(SandboxId, Event, &'static str),
-    /// Nobody knows this id: whatever is there goes.
+    /// A slot that has become the machine of a sandbox: only its record goes.
+    Forget(SandboxId),
+    /// No record names this machine: whatever is there goes.
     Sweep {
         /// Whose it is.
         id: SandboxId,
@@ -59,31 +63,38 @@ impl Action {
     }
 }
 
-/// One action for every id that needs one.
+/// One action for every record, and one for every machine that no record names.
 pub fn plan(found: &Found) -> Vec<Action> {
+    // A sandbox that is woken moves into a slot, and its record is the first to say so.
+    let moved = found.records.iter().filter(|(id, record)| record.machine != **id);
+    let taken: BTreeSet<_> = moved.map(|(_, record)| &record.machine).collect();
     let known = found.records.iter().map(|(id, record)| {
-        let alive = found.units.get(id).copied().unwrap_or(false);
-        let has_disk = found.directories.contains(id);
+        if record.state == State::Preparing && taken.contains(id) {
+            return Action::Forget(id.clone());
+        }
+        let alive = found.units.get(&record.machine).copied().unwrap_or(false);
+        let has_disk = found.directories.contains(&record.machine);
         let (event, reason) = match record.state {
-            State::Running if alive => (Event::Adopt, ""),
-            State::Running | State::Recovering if record.persistent && has_disk => {
+            State::Running | State::Paused if alive => (Event::Adopt, ""),
+            State::Running | State::Paused | State::Recovering if record.persistent && has_disk => {
                 (Event::Lost { recover: true }, LOST)
             }
-            State::Running | State::Recovering if !has_disk => {
+            State::Running | State::Paused | State::Recovering if !has_disk => {
                 (Event::Lost { recover: false }, "its disk is not there")
             }
-            State::Running | State::Recovering => (Event::Lost { recover: false }, LOST),
-            State::Failed => (Event::Adopt, ""),
+            State::Running | State::Paused | State::Recovering => (Event::Lost { recover: false }, LOST),
+            State::Failed | State::Hibernated => (Event::Adopt, ""),
             _ => (Event::Lost { recover: false }, "the daemon was restarted before it was made"),
         };
         Action::Happen(id.clone(), event, reason)
     });
+    let machines: BTreeSet<_> = found.records.values().map(|record| &record.machine).collect();
     let strangers: BTreeSet<_> = found
         .units
         .keys()
         .chain(&found.directories)
         .chain(&found.attachments)
-        .filter(|id| !found.records.contains_key(id))
+        .filter(|id| !machines.contains(id))
         .collect();
     let sweeps = strangers.into_iter().map(|id| Action::Sweep {
         id: id.clone(),
@@ -106,6 +117,8 @@ mod tests {
         State::Creating,
         State::Baking,
         State::Running,
+        State::Paused,
+        State::Hibernated,
         State::Recovering,
         State::Failed,
         State::Stopping,
@@ -117,16 +130,27 @@ mod tests {
             proptest::option::of(any::<bool>()),
             any::<bool>(),
             any::<bool>(),
+            // Whether it moved, and whether the record of the slot it moved into is still there.
+            proptest::option::of(any::<bool>()),
         ), 0..12)) -> Found {
             let mut found = Found::default();
-            for (record, unit, directory, attachment) in rows {
+            for (record, unit, directory, attachment, moved) in rows {
                 let id = SandboxId::random();
+                let mut machine = id.clone();
                 if let Some((state, persistent)) = record {
-                    found.records.insert(id.clone(), Known { state, persistent });
+                    let has_machine = !matches!(state, State::Preparing | State::Creating | State::Baking);
+                    if let Some(slot_stays) = moved.filter(|_| has_machine) {
+                        machine = SandboxId::random();
+                        if slot_stays {
+                            let slot = Known { state: State::Preparing, persistent: false, machine: machine.clone() };
+                            found.records.insert(machine.clone(), slot);
+                        }
+                    }
+                    found.records.insert(id, Known { state, persistent, machine: machine.clone() });
                 }
-                if let Some(alive) = unit { found.units.insert(id.clone(), alive); }
-                if directory { found.directories.insert(id.clone()); }
-                if attachment { found.attachments.insert(id); }
+                if let Some(alive) = unit { found.units.insert(machine.clone(), alive); }
+                if directory { found.directories.insert(machine.clone()); }
+                if attachment { found.attachments.insert(machine); }
             }
             found
         }
@@ -134,19 +158,24 @@ mod tests {
 
     proptest! {
         #[test]
-        fn every_id_has_one_action_and_the_machine_knows_it(found in found()) {
+        fn every_record_and_every_machine_has_one_action_and_the_machine_knows_it(found in found()) {
             let plan = plan(&found);
-            let mut seen = BTreeSet::new();
+            let (mut records, mut machines) = (BTreeSet::new(), BTreeSet::new());
             for action in &plan {
                 match action {
                     Action::Happen(id, event, _) => {
-                        prop_assert!(seen.insert(id.clone()));
-                        let record = found.records[id];
+                        prop_assert!(records.insert(id.clone()));
+                        let record = &found.records[id];
+                        prop_assert!(machines.insert(record.machine.clone()), "two have one machine");
                         prop_assert!(record.state.on(*event).is_some(), "{:?} {:?}", record, event);
                     }
+                    Action::Forget(id) => {
+                        prop_assert!(records.insert(id.clone()));
+                        prop_assert!(found.records.iter().any(|(other, record)| other != id && record.machine == *id));
+                    }
                     Action::Sweep { id, unit, attachment, directory } => {
-                        prop_assert!(seen.insert(id.clone()));
-                        prop_assert!(!found.records.contains_key(id));
+                        prop_assert!(machines.insert(id.clone()));
+                        prop_assert!(!found.records.values().any(|record| record.machine == *id));
                         prop_assert!(unit | attachment | directory);
                         prop_assert_eq!(*unit, found.units.contains_key(id));
                         prop_assert_eq!(*directory, found.directories.contains(id));
@@ -154,22 +183,29 @@ mod tests {
                     }
                 }
             }
-            let all: BTreeSet<_> = found.records.keys().chain(found.units.keys())
-                .chain(&found.directories).chain(&found.attachments).cloned().collect();
-            prop_assert_eq!(seen, all);
+            prop_assert_eq!(records, found.records.keys().cloned().collect());
+            let there = found.units.keys().chain(&found.directories).chain(&found.attachments);
+            prop_assert!(there.cloned().collect::<BTreeSet<_>>().is_subset(&machines));
         }
 
         #[test]
         fn what_was_acknowledged_is_never_taken_down(found in found()) {
             for action in plan(&found) {
                 if let Action::Happen(id, event, _) = action {
-                    let record = found.records[&id];
+                    let record = &found.records[&id];
                     let (next, _) = record.state.on(event).unwrap();
-                    let acknowledged = matches!(record.state, State::Running | State::Recovering | State::Failed);
+                    let acknowledged = matches!(
+                        record.state,
+                        State::Running | State::Paused | State::Hibernated | State::Recovering | State::Failed
+                    );
                     prop_assert_eq!(next == State::Stopping, !acknowledged);
                 }
             }
         }
+    }
+
+    fn known(id: &SandboxId, state: State, persistent: bool) -> Known {
+        Known { state, persistent, machine: id.clone() }
     }
 
     #[test]
@@ -177,7 +213,7 @@ mod tests {
         let (kept, lost, live) = (SandboxId::random(), SandboxId::random(), SandboxId::random());
         let mut found = Found::default();
         for (id, persistent) in [(&kept, true), (&lost, false), (&live, false)] {
-            found.records.insert(id.clone(), Known { state: State::Running, persistent });
+            found.records.insert(id.clone(), known(id, State::Running, persistent));
             found.directories.insert(id.clone());
         }
         found.units.insert(live.clone(), true);
@@ -187,5 +223,26 @@ mod tests {
         assert!(plan.contains(&Action::Happen(kept, Event::Lost { recover: true }, LOST)));
         assert!(plan.contains(&Action::Happen(lost, Event::Lost { recover: false }, LOST)));
         assert!(plan.contains(&Action::Happen(live, Event::Adopt, "")));
+    }
+
+    #[test]
+    fn a_woken_sandbox_keeps_its_slot_and_loses_what_has_its_own_name() {
+        let (sandbox, slot) = (SandboxId::random(), SandboxId::random());
+        let mut found = Found::default();
+        let moved = Known { machine: slot.clone(), ..known(&sandbox, State::Running, true) };
+        found.records.insert(sandbox.clone(), moved);
+        found.records.insert(slot.clone(), known(&slot, State::Preparing, false));
+        for id in [&sandbox, &slot] {
+            found.units.insert(id.clone(), true);
+            found.directories.insert(id.clone());
+        }
+
+        let plan = plan(&found);
+
+        assert!(plan.contains(&Action::Happen(sandbox.clone(), Event::Adopt, "")));
+        assert!(plan.contains(&Action::Forget(slot)));
+        let old = Action::Sweep { id: sandbox, unit: true, attachment: false, directory: true };
+        assert!(plan.contains(&old));
+        assert_eq!(plan.len(), 3);
     }
 }

@@ -5,7 +5,7 @@
 
 use pandastack_bus::{
     SandboxId,
-    storage::TemplateInfo,
+    storage::{SnapshotInfo, TemplateInfo, VolumeUse},
     vmm::{self, SandboxInfo, SandboxSpec},
 };
 use serde::{Deserialize, Serialize};
@@ -26,6 +26,9 @@ pub struct Record {
     pub state: State,
     /// What it is for.
     pub purpose: Purpose,
+    /// Unit instance, directory and attachment that it has, or had last; its own id if absent. See [`Record::machine`].
+    #[serde(default)]
+    pub machine: Option<SandboxId>,
     /// Outside IPv4 address; empty while it has none.
     #[serde(default)]
     pub address: String,
@@ -97,7 +100,7 @@ pub struct Sandbox {
     pub shape: Shape,
     /// 32 hexadecimal digits, kept for life.
     pub machine_id: String,
-    /// `snapshot` or `cold`.
+    /// `snapshot`, `fork`, `wake` or `cold`.
     pub boot_mode: String,
     /// Milliseconds from the request to the first answer; 0 until then.
     #[serde(default)]
@@ -105,10 +108,39 @@ pub struct Sandbox {
     /// Whether its creation was ever finished.
     #[serde(default)]
     pub born: bool,
+    /// Snapshot that its directory is filled from; empty: its template.
+    #[serde(default)]
+    pub source: String,
+    /// Volumes that are its own clones, in the order of their devices; those of `spec` belong to its workspace.
+    #[serde(default)]
+    pub clones: Vec<VolumeUse>,
+    /// The fork that made it.
+    #[serde(default)]
+    pub forked: Option<Forked>,
+    /// Capture that it consists of while it is hibernated; empty otherwise.
+    #[serde(default)]
+    pub image: String,
+}
+
+/// The fork that made a sandbox, and its place in it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Forked {
+    /// Sandbox that was captured.
+    pub parent: String,
+    /// The capture.
+    pub snapshot: String,
+    /// When that was, Unix milliseconds.
+    pub unix_ms: u64,
+    /// How long the parent's processors stood still, microseconds.
+    pub paused_us: u64,
+    /// Which of the children it is, counted from 0.
+    pub index: usize,
+    /// How many were asked for.
+    pub count: usize,
 }
 
 /// What is left of a request after its sandbox is gone.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Tombstone {
     /// The caller's name for the wish.
     pub request: String,
@@ -118,6 +150,9 @@ pub struct Tombstone {
     pub id: SandboxId,
     /// Unix milliseconds after which it is forgotten.
     pub until_unix_ms: u64,
+    /// What was answered, if it was a fork.
+    #[serde(default)]
+    pub fork: Option<vmm::Fork>,
 }
 
 impl Record {
@@ -127,12 +162,19 @@ impl Record {
             id,
             state: State::New,
             purpose: Purpose::Slot,
+            machine: None,
             address: String::new(),
             created_unix_ms: now_unix_ms,
             generation: 0,
             reason: String::new(),
             events: Vec::new(),
         }
+    }
+
+    /// Unit instance, directory and attachment that it has. A hibernated sandbox has none: what is left of its last one
+    /// goes.
+    pub fn machine(&self) -> &SandboxId {
+        self.machine.as_ref().unwrap_or(&self.id)
     }
 
     /// The sandbox in it, if it is one.
@@ -182,7 +224,12 @@ impl Record {
         let sandbox = self.sandbox()?;
         match self.state {
             State::Creating | State::Recovering => Some(vmm::State::Creating),
-            State::Running => Some(vmm::State::Running),
+            // As before until it is done.
+            State::Running | State::Pausing | State::Hibernating { paused: false } => {
+                Some(vmm::State::Running)
+            }
+            State::Paused | State::Resuming | State::Hibernating { paused: true } => Some(vmm::State::Paused),
+            State::Hibernated | State::Waking => Some(vmm::State::Hibernated),
             State::Failed => Some(vmm::State::Failed),
             // What was never acknowledged is nobody's while it is taken down.
             State::Stopping => sandbox.born.then_some(vmm::State::Stopping),
@@ -214,11 +261,67 @@ impl Record {
             boot_ms: sandbox.boot_ms,
             created_unix_ms: self.created_unix_ms,
             generation: self.generation,
+            snapshot: sandbox.spec.snapshot.clone(),
+            parent: sandbox.forked.as_ref().map(|forked| forked.parent.clone()).unwrap_or_default(),
+            machine: match state {
+                vmm::State::Hibernated | vmm::State::Failed => String::new(),
+                _ => self.machine().to_string(),
+            },
+            mounts: sandbox.mounts().map(Mounted::public).collect(),
         })
     }
 }
 
+/// A volume that a sandbox has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Mounted<'a> {
+    /// Its name, and whether it is read only.
+    pub volume: &'a VolumeUse,
+    /// The sandbox's own clone.
+    pub private: bool,
+}
+
+impl Mounted<'_> {
+    /// Where the guest has it.
+    pub fn path(&self) -> String {
+        format!("/mnt/{}", self.volume.name)
+    }
+
+    fn public(self) -> vmm::Mount {
+        vmm::Mount {
+            name: self.volume.name.clone(),
+            path: self.path(),
+            read_only: self.volume.read_only,
+            private: self.private,
+        }
+    }
+}
+
 impl Sandbox {
+    /// One that is about to be made of a template.
+    pub fn new(request: &str, asked: String, spec: SandboxSpec, shape: Shape, boot_mode: &str) -> Self {
+        Self {
+            request: request.to_owned(),
+            fingerprint: asked,
+            spec,
+            shape,
+            machine_id: String::new(),
+            boot_mode: boot_mode.to_owned(),
+            boot_ms: 0,
+            born: false,
+            source: String::new(),
+            clones: Vec::new(),
+            forked: None,
+            image: String::new(),
+        }
+    }
+
+    /// Its volumes, in the order of their devices.
+    pub fn mounts(&self) -> impl Iterator<Item = Mounted<'_>> {
+        let held = self.spec.volumes.iter().map(|volume| Mounted { volume, private: false });
+        held.chain(self.clones.iter().map(|volume| Mounted { volume, private: true }))
+    }
+
     /// Digest of what its request asked for. A record of an older version has none: its settings must do.
     pub fn asked(&self) -> String {
         if self.fingerprint.is_empty() { fingerprint(&self.spec) } else { self.fingerprint.clone() }
@@ -239,6 +342,20 @@ impl Shape {
             warmup: template.warmup.clone(),
         }
     }
+
+    /// A machine as this snapshot was taken of one.
+    pub fn of_snapshot(snapshot: &SnapshotInfo) -> Self {
+        let spec = &snapshot.spec;
+        Self {
+            template: spec.template.clone(),
+            vcpus: spec.vcpus,
+            memory_mib: spec.memory_mib,
+            disk_mib: spec.disk_mib,
+            disk_grown: false,
+            env: spec.env.clone(),
+            warmup: String::new(),
+        }
+    }
 }
 
 /// Whether a request's name is nobody's: it is made up for one call (`once-…`), and remembered only while its sandbox lives.
@@ -246,8 +363,8 @@ pub fn is_anonymous(request: &str) -> bool {
     request.is_empty() || request.starts_with("once-")
 }
 
-/// Digest of a specification: two requests of one name must mean the same.
-pub fn fingerprint(spec: &SandboxSpec) -> String {
+/// Digest of what is asked for: two requests of one name must mean the same.
+pub fn fingerprint(spec: &impl Serialize) -> String {
     use sha2::{Digest, Sha256};
     let text = serde_json::to_vec(spec).unwrap_or_default();
     hex(&Sha256::digest(text))

@@ -7,7 +7,10 @@ use std::os::fd::OwnedFd;
 use pandastack_bus::{
     Result,
     network::{Attachment, NetworkBackend, NetworkProxy},
-    storage::{Fill, Owner, StorageBackend, StorageProxy, TemplateInfo, Usage},
+    storage::{
+        CaptureKind, Fill, Owner, SnapshotInfo, SnapshotSpec, StorageBackend, StorageProxy, TemplateInfo,
+        Usage, VolumeInfo, VolumeUse,
+    },
     zbus::{self, Connection},
 };
 
@@ -44,6 +47,63 @@ impl StorageBackend for RemoteStorage {
     }
     async fn release(&self, id: String) -> Result<bool> {
         self.0.release(id).await
+    }
+    async fn begin_capture(&self, id: String) -> Result<CaptureKind> {
+        self.0.begin_capture(id).await
+    }
+    async fn capture_disks(&self, id: String, volumes: bool) -> Result<()> {
+        self.0.capture_disks(id, volumes).await
+    }
+    async fn commit_capture(&self, id: String, spec: SnapshotSpec) -> Result<SnapshotInfo> {
+        self.0.commit_capture(id, spec).await
+    }
+    async fn abort_capture(&self, id: String) -> Result<()> {
+        self.0.abort_capture(id).await
+    }
+    async fn copy_snapshot(&self, from: String, spec: SnapshotSpec) -> Result<SnapshotInfo> {
+        self.0.copy_snapshot(from, spec).await
+    }
+    async fn fill_snapshot(&self, id: String, snapshot: String) -> Result<()> {
+        self.0.fill_snapshot(id, snapshot).await
+    }
+    async fn snapshots(&self, workspace: String) -> Result<Vec<SnapshotInfo>> {
+        self.0.snapshots(workspace).await
+    }
+    async fn snapshot(&self, snapshot: String) -> Result<SnapshotInfo> {
+        self.0.snapshot(snapshot).await
+    }
+    async fn delete_snapshot(&self, snapshot: String) -> Result<bool> {
+        self.0.delete_snapshot(snapshot).await
+    }
+    async fn create_volume(&self, workspace: String, name: String, size_mib: u64) -> Result<VolumeInfo> {
+        self.0.create_volume(workspace, name, size_mib).await
+    }
+    async fn volumes(&self, workspace: String) -> Result<Vec<VolumeInfo>> {
+        self.0.volumes(workspace).await
+    }
+    async fn volume(&self, workspace: String, name: String) -> Result<VolumeInfo> {
+        self.0.volume(workspace, name).await
+    }
+    async fn delete_volume(&self, workspace: String, name: String) -> Result<bool> {
+        self.0.delete_volume(workspace, name).await
+    }
+    async fn grow_volume(&self, workspace: String, name: String, size_mib: u64) -> Result<VolumeInfo> {
+        self.0.grow_volume(workspace, name, size_mib).await
+    }
+    async fn hold_volumes(&self, sandbox: String, workspace: String, volumes: Vec<VolumeUse>) -> Result<()> {
+        self.0.hold_volumes(sandbox, workspace, volumes).await
+    }
+    async fn drop_volumes(&self, sandbox: String) -> Result<()> {
+        self.0.drop_volumes(sandbox).await
+    }
+    async fn insert_volumes(
+        &self,
+        id: String,
+        sandbox: String,
+        workspace: String,
+        volumes: Vec<VolumeUse>,
+    ) -> Result<()> {
+        self.0.insert_volumes(id, sandbox, workspace, volumes).await
     }
     async fn owners(&self) -> Result<Vec<Owner>> {
         self.0.owners().await

@@ -14,7 +14,7 @@ use std::{
 
 use pandastack_bus::{Error, Result, SandboxId};
 use tokio::{
-    sync::watch,
+    sync::{OwnedMutexGuard, watch},
     task::AbortHandle,
     time::{Instant, timeout},
 };
@@ -24,6 +24,7 @@ use crate::{
     manager::{self, Manager},
     ports::{Limits, Process, World},
     record::Record,
+    wake::Sleep,
 };
 
 /// PID 1 tells within this why a process ended.
@@ -37,7 +38,7 @@ pub struct Sandbox {
     /// Its id.
     pub id: SandboxId,
     /// Whoever holds it, and nobody else, changes the sandbox.
-    actor: tokio::sync::Mutex<()>,
+    actor: Arc<tokio::sync::Mutex<()>>,
     /// What is true now; changed only by the actor.
     record: Mutex<Arc<Record>>,
     /// Milliseconds on the daemon's clock of the last use.
@@ -52,6 +53,8 @@ pub struct Sandbox {
     limits: Mutex<Option<Limits>>,
     /// What was measured while it was made: name and microseconds.
     timings: Mutex<Vec<(String, u64)>>,
+    /// What it has to do with being hibernated.
+    pub sleep: Sleep,
 }
 
 impl Sandbox {
@@ -59,7 +62,7 @@ impl Sandbox {
     pub fn new(record: Record, now_ms: u64) -> Self {
         Self {
             id: record.id.clone(),
-            actor: tokio::sync::Mutex::new(()),
+            actor: Arc::default(),
             record: Mutex::new(Arc::new(record)),
             touched: AtomicU64::new(now_ms),
             abort: watch::Sender::new(None),
@@ -67,6 +70,7 @@ impl Sandbox {
             accepted: OnceLock::new(),
             limits: Mutex::new(None),
             timings: Mutex::new(Vec::new()),
+            sleep: Sleep::default(),
         }
     }
 
@@ -75,7 +79,8 @@ impl Sandbox {
         Arc::clone(&self.record.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
-    fn publish(&self, record: &Record) {
+    /// Makes known what is true now. Only for whoever has the turn.
+    pub fn publish(&self, record: &Record) {
         *self.record.lock().unwrap_or_else(PoisonError::into_inner) = Arc::new(record.clone());
     }
 
@@ -94,9 +99,19 @@ impl Sandbox {
         self.actor.try_lock().is_err()
     }
 
+    /// The right to change it; nothing else happens to it meanwhile.
+    pub async fn turn(&self) -> OwnedMutexGuard<()> {
+        Arc::clone(&self.actor).lock_owned().await
+    }
+
     /// Completes when nothing is being done to it.
     pub async fn settled(&self) {
         drop(self.actor.lock().await);
+    }
+
+    /// Takes back every [`Sandbox::abort`]: what they were about is over.
+    fn forget_aborts(&self) {
+        self.abort.send_replace(None);
     }
 
     /// Asks the work under way to end after its present effect.
@@ -132,6 +147,11 @@ impl Sandbox {
         slot.as_ref().map(|(process, _)| Arc::clone(process))
     }
 
+    /// Whether this process is the one that is watched.
+    pub fn has_process(&self, process: &Process) -> bool {
+        self.process().is_some_and(|own| Arc::ptr_eq(&own, process))
+    }
+
     /// The request that it belongs to was accepted then. Only the first one counts.
     pub fn accept(&self, at: Instant) {
         let _ = self.accepted.set(at);
@@ -159,6 +179,12 @@ impl Sandbox {
         if timings.len() < TIMINGS_KEPT {
             timings.push((what.to_owned(), micros));
         }
+    }
+
+    /// Forgets measurements of this kind, because they are taken again.
+    pub fn forget_timings(&self, prefix: &str) {
+        let mut timings = self.timings.lock().unwrap_or_else(PoisonError::into_inner);
+        timings.retain(|(name, _)| !name.starts_with(prefix));
     }
 
     /// What was measured while it was made.
@@ -207,15 +233,16 @@ impl<W: World> Manager<W> {
     /// # Errors
     /// [`Error::WrongState`] when the event has no business in this state or its guard says no (nothing was done); otherwise the first failure,
     /// after everything that can be undone was undone.
-    pub async fn happen(
+    pub fn happen(
         self: &Arc<Self>,
         sandbox: &Arc<Sandbox>,
         event: Event,
         with: Happening,
-    ) -> Result<State> {
+    ) -> impl Future<Output = Result<State>> + Send + use<W> {
         let (manager, target) = (Arc::clone(self), Arc::clone(sandbox));
         let task = tokio::spawn(async move { manager.run(&target, event, with).await });
-        task.await.unwrap_or_else(|error| Err(Error::Internal(format!("a task ended early: {error}"))))
+        let ended = |error| Err(Error::Internal(format!("a task ended early: {error}")));
+        async move { task.await.unwrap_or_else(ended) }
     }
 
     async fn run(
@@ -238,6 +265,9 @@ impl<W: World> Manager<W> {
                 }
                 return Err(Error::WrongState(format!("not while it is {:?}", record.state)));
             };
+            if effects.is_empty() && state == record.state {
+                break;
+            }
             if let Some(change) = with.change.take() {
                 change(&mut record);
             }
@@ -245,6 +275,10 @@ impl<W: World> Manager<W> {
             record.state = state;
             if let (State::Running, Event::Done, Some(inner)) = (state, event, record.sandbox_mut()) {
                 inner.born = true;
+            }
+            if state == State::Hibernated {
+                // What was wrong with its last machine says nothing about the next one.
+                sandbox.forget_aborts();
             }
             sandbox.publish(&record);
             let outcome = self.effects(sandbox, &mut record, effects).await;
@@ -258,6 +292,11 @@ impl<W: World> Manager<W> {
                 Err(error) => {
                     tracing::warn!(sandbox = %sandbox.id, state = ?state, "{}: {}", sandbox.id, error.message());
                     with.detail = error.message();
+                    match state {
+                        State::Waking => sandbox.sleep.not_woken(&error),
+                        State::Hibernated => sandbox.sleep.set_untidy(true),
+                        _ => {}
+                    }
                     // A machine that ended by itself, or that somebody wants gone, does not come back by waiting.
                     let passes = with.patient && may_pass(&error) && sandbox.abort.borrow().is_none();
                     failure.get_or_insert(error);
@@ -291,7 +330,7 @@ impl<W: World> Manager<W> {
                 return Err(Error::WrongState(reason));
             }
             let forbidden = match effect {
-                Effect::Release => !stopped,
+                Effect::Release | Effect::DropVolumes => !stopped,
                 Effect::Forget => !failures.is_empty(),
                 _ => false,
             };
@@ -300,8 +339,12 @@ impl<W: World> Manager<W> {
             }
             let start = Instant::now();
             let outcome = self.perform(sandbox, record, *effect).await;
-            if matches!(record.state, State::Preparing | State::Dressing | State::Creating | State::Running) {
-                sandbox.timed(effect_name(*effect), start);
+            match record.state {
+                State::Preparing | State::Dressing | State::Creating | State::Running => {
+                    sandbox.timed(effect_name(*effect), start);
+                }
+                State::Waking => sandbox.timed(&format!("wake_{}", effect_name(*effect)), start),
+                _ => {}
             }
             tracing::debug!(sandbox = %sandbox.id, effect = ?effect, micros = start.elapsed().as_micros() as u64, "did");
             match outcome {
@@ -316,7 +359,8 @@ impl<W: World> Manager<W> {
                 }
                 Err(Error::GuestUnreachable(text)) => {
                     // A guest is often silent because its machine is gone; that says more.
-                    let gone = timeout(OBITUARY, sandbox.aborted()).await;
+                    let slot = sandbox.sleep.slot();
+                    let gone = timeout(OBITUARY, slot.as_ref().unwrap_or(sandbox).aborted()).await;
                     let why = gone.map_or(text.clone(), |reason| format!("{reason} ({text})"));
                     return Err(Error::GuestUnreachable(why));
                 }
@@ -338,6 +382,12 @@ impl<W: World> Manager<W> {
         record.generation += 1;
         let now = self.unix_ms();
         let kind = match (state, event) {
+            (State::Hibernated, Event::Fault) if record.state == State::Waking => "wake.failed",
+            (_, Event::Fault) if matches!(record.state, State::Hibernating { .. }) => "hibernate.failed",
+            // `Commit` has noted it.
+            (State::Running, Event::Done) if matches!(record.state, State::Waking | State::Resuming) => {
+                return;
+            }
             (State::Creating, _) => "sandbox.creating",
             (State::Running, Event::Done) => "sandbox.running",
             (State::Running, Event::Adopt) => "sandbox.adopted",
@@ -368,36 +418,6 @@ impl<W: World> Manager<W> {
         }
     }
 
-    /// Changes the settings of a sandbox that is there: durable, then told.
-    ///
-    /// # Errors
-    /// [`Error::WrongState`] at once while it is being made or booted again; [`Error::NotFound`] when it is being taken down.
-    pub async fn amend(
-        self: &Arc<Self>,
-        sandbox: &Arc<Sandbox>,
-        change: impl FnOnce(&mut crate::record::Sandbox) + Send + 'static,
-    ) -> Result<()> {
-        // Not waited for: a boot takes long, and the caller can see by itself when it is over.
-        changeable(&sandbox.record())?;
-        sandbox.touch(self.now_ms());
-        let (manager, sandbox) = (Arc::clone(self), Arc::clone(sandbox));
-        let task = tokio::spawn(async move {
-            let _turn = sandbox.actor.lock().await;
-            let mut record = Record::clone(&sandbox.record());
-            changeable(&record)?;
-            let Some(inner) = record.sandbox_mut() else {
-                return Err(pandastack_bus::vmm::unknown_sandbox(sandbox.id.as_str()));
-            };
-            change(inner);
-            record.generation += 1;
-            manager.save(&record).await?;
-            sandbox.publish(&record);
-            manager.announce(&record);
-            Ok(())
-        });
-        task.await.unwrap_or_else(|error| Err(Error::Internal(format!("a task ended early: {error}"))))
-    }
-
     /// Tells listeners what a sandbox is now.
     pub fn announce(&self, record: &Record) {
         let Some(sandbox) = record.sandbox() else { return };
@@ -408,17 +428,6 @@ impl<W: World> Manager<W> {
             state: record.public_state().map_or("", pandastack_bus::vmm::State::as_str),
             generation: record.generation,
         });
-    }
-}
-
-/// Whether its settings may be changed now.
-fn changeable(record: &Record) -> Result<()> {
-    match record.state {
-        State::Running | State::Failed => Ok(()),
-        State::Creating | State::Recovering => {
-            Err(Error::WrongState("the sandbox is still being made ready".into()))
-        }
-        _ => Err(pandastack_bus::vmm::unknown_sandbox(record.id.as_str())),
     }
 }
 
@@ -440,8 +449,7 @@ fn effect_name(effect: Effect) -> &'static str {
         Effect::Furnish => "furnish_us",
         Effect::FurnishPristine => "fill_us",
         Effect::Load => "load_us",
-        Effect::Pause => "pause_us",
-        Effect::Resume => "resume_us",
+        Effect::Unpause => "resume_us",
         Effect::Freshen => "hello_and_freshen_us",
         Effect::Identify => "hello_and_identity_us",
         Effect::GrowDisk => "grow_us",
@@ -451,6 +459,10 @@ fn effect_name(effect: Effect) -> &'static str {
         Effect::StartUnit => "start_unit_us",
         Effect::Attach => "attach_us",
         Effect::AwaitApi => "await_api_us",
+        Effect::Mount => "mount_us",
+        Effect::Borrow => "borrow_us",
+        Effect::FurnishImage => "limits_and_fill_us",
+        Effect::Commit => "save_us",
         _ => "other_us",
     }
 }

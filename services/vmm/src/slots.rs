@@ -45,6 +45,7 @@ impl<W: World> Manager<W> {
     /// # Errors
     /// It cannot be made; nothing of it is left.
     pub async fn make_slot(self: &Arc<Self>) -> Result<Arc<Sandbox>> {
+        self.check_open()?;
         let record = Record::slot(SandboxId::random(), self.unix_ms());
         let slot = self.insert(Sandbox::new(record, self.now_ms()));
         let mut unclaimed = Unclaimed { manager: self, slot: Some(Arc::clone(&slot)) };
@@ -70,7 +71,7 @@ impl<W: World> Manager<W> {
                 Step::Rest => continue,
                 Step::Make => self.make_slot().await.map(|slot| self.push_slot(slot)),
                 Step::Dress(at, template) => self.dress(&ready[at], &template).await,
-                Step::Discard(at) => self.discard(&ready[at]).await,
+                Step::Discard(at) => self.undress(&ready[at]).await,
             };
             if let Err(error) = done {
                 tracing::warn!("a slot could not be made ready: {}", error.message());
@@ -105,7 +106,7 @@ impl<W: World> Manager<W> {
     }
 
     /// Takes a slot down that is dressed for what nobody asks for.
-    async fn discard(self: &Arc<Self>, slot: &Arc<Sandbox>) -> Result<()> {
+    async fn undress(self: &Arc<Self>, slot: &Arc<Sandbox>) -> Result<()> {
         if self.claim_slot(&slot.id) {
             self.happen(slot, Event::Delete, Happening::because("dressed for nobody")).await?;
         }

@@ -36,6 +36,8 @@ const LOOK_AGAIN: Duration = Duration::from_secs(1);
 const LOOK_LONGEST: Duration = Duration::from_secs(30);
 /// Sandboxes that one workspace may have, unless an operator says otherwise.
 const WORKSPACE_SANDBOXES: usize = 256;
+/// Seconds without use after which a persistent sandbox is hibernated, unless an operator says otherwise.
+const IDLE_HIBERNATE_SECONDS: u64 = 300;
 /// Actions of reconciliation at the same time.
 const SIDE_BY_SIDE: usize = 4;
 
@@ -93,11 +95,13 @@ pub async fn serve(ctx: Context) -> std::result::Result<(), VmmError> {
 fn config(ctx: &Context) -> Config {
     let cores = std::thread::available_parallelism().map_or(2, usize::from);
     let slots = setting(ctx, "pandastack.slots", "PANDASTACK_SLOTS");
+    let idle = setting(ctx, "pandastack.idle_hibernate_seconds", "PANDASTACK_IDLE_HIBERNATE_SECONDS");
     let most = setting(ctx, "pandastack.workspace_sandboxes", "PANDASTACK_WORKSPACE_SANDBOXES");
     Config {
         slots: slots.map_or_else(|| default_slots(cores), |number| number.min(256)),
         parallel: cores.max(2),
         workspace_sandboxes: most.unwrap_or(WORKSPACE_SANDBOXES),
+        idle_hibernate_seconds: idle.map_or(IDLE_HIBERNATE_SECONDS, |seconds| seconds as u64),
     }
 }
 
@@ -193,6 +197,7 @@ impl<W: World> Manager<W> {
         let known = |record: &crate::record::Record| Known {
             state: record.state,
             persistent: record.sandbox().is_some_and(|inner| inner.spec.persistent),
+            machine: record.machine().clone(),
         };
         let found = Found {
             records: self.all().iter().map(|one| (one.id.clone(), known(&one.record()))).collect(),
@@ -210,6 +215,8 @@ impl<W: World> Manager<W> {
             "compared records with what is there"
         );
         stream::iter(quick).for_each_concurrent(SIDE_BY_SIDE, |action| self.carry_out(action)).await;
+        // After captures under way at storage were waited for and undone.
+        self.collect_garbage().await?;
         Ok(slow)
     }
 
@@ -219,6 +226,14 @@ impl<W: World> Manager<W> {
             Action::Happen(id, event @ Event::Lost { .. }, reason) => {
                 let Some(sandbox) = self.find(&id) else { return };
                 self.lose(&sandbox, event, reason).await;
+            }
+            Action::Forget(id) => {
+                self.remove(&id);
+                let records = Arc::clone(&self.records);
+                let removed = tokio::task::spawn_blocking(move || records.remove(id.as_str())).await;
+                if let Ok(Err(error)) = removed {
+                    tracing::error!("the record of a slot stays: {}", pandastack_daemon::chain(&error));
+                }
             }
             Action::Happen(id, event, reason) => {
                 let Some(sandbox) = self.find(&id) else { return };
@@ -250,14 +265,16 @@ impl<W: World> Manager<W> {
     /// A process that ended between the list and the watch is found here; a guest that is silent is told of.
     fn check_adopted(self: &Arc<Self>, sandbox: &Arc<Sandbox>) {
         let record = sandbox.record();
-        if record.state != State::Running {
+        if !matches!(record.state, State::Running | State::Paused) {
             return;
         }
         let (manager, sandbox) = (Arc::clone(self), Arc::clone(sandbox));
         if sandbox.process().is_some() {
             // Nobody waits for it: a busy guest may take its time.
             tokio::spawn(async move {
-                if let Err(error) = manager.world.guest().open(&sandbox.id).await {
+                if record.state == State::Running
+                    && let Err(error) = manager.world.guest().open(record.machine()).await
+                {
                     tracing::warn!(sandbox = %sandbox.id, "runs, but: {}", error.message());
                 }
             });
@@ -268,10 +285,15 @@ impl<W: World> Manager<W> {
     }
 
     /// Only a process that is known not to be there is lost; as long as nobody can tell, it is looked for.
-    async fn adopt_or_lose(self: &Arc<Self>, sandbox: &Arc<Sandbox>) {
+    pub async fn adopt_or_lose(self: &Arc<Self>, sandbox: &Arc<Sandbox>) {
         let mut pause = LOOK_AGAIN;
-        while sandbox.record().state == State::Running && sandbox.process().is_none() {
-            match self.world.units().process(&sandbox.id).await {
+        loop {
+            let record = sandbox.record();
+            let is_there = matches!(record.state, State::Running | State::Paused);
+            if !is_there || sandbox.process().is_some() {
+                return;
+            }
+            match self.world.units().process(record.machine()).await {
                 Ok(None) => {
                     let recover = sandbox.record().sandbox().is_some_and(|inner| inner.spec.persistent);
                     return self.lose(sandbox, Event::Lost { recover }, LOST).await;

@@ -1,93 +1,21 @@
-//! The conductor over a world of fakes: what is promised holds, whatever breaks.
-
-#![allow(clippy::unwrap_used)]
-
-mod fakes;
+//! Creates, deletes, slots, bakes and recoveries.
 
 use std::{
-    path::Path,
     sync::{Arc, atomic::Ordering},
     time::Duration,
 };
 
-use fakes::{Fake, Handle};
 use pandastack_bus::{
     Error,
     vmm::{SandboxSpec, State, VmmBackend},
 };
-use pandastack_vmm::{
-    backend::Backend,
-    machine::Event,
-    manager::{Config, Manager},
-    sandbox::Happening,
+use pandastack_vmm::{backend::Backend, machine::Event, sandbox::Happening};
+use tokio::time::timeout;
+
+use crate::{
+    daemon::{clean, eventually, open, reopened, spec, started},
+    fakes::Fake,
 };
-use tokio::{sync::mpsc, time::timeout};
-
-type Daemon = Arc<Manager<Handle>>;
-
-fn open(
-    world: &Arc<Fake>,
-    directory: &Path,
-) -> (Daemon, mpsc::UnboundedReceiver<pandastack_vmm::manager::Change>) {
-    open_with(world, directory, 1)
-}
-
-fn open_with(
-    world: &Arc<Fake>,
-    directory: &Path,
-    slots: usize,
-) -> (Daemon, mpsc::UnboundedReceiver<pandastack_vmm::manager::Change>) {
-    let (changes, told) = mpsc::unbounded_channel();
-    let config = Config { slots, parallel: 4, workspace_sandboxes: 4 };
-    (Manager::open(Handle(Arc::clone(world)), directory, config, changes).unwrap(), told)
-}
-
-/// Opens the records as soon as the daemon before has let go of them.
-async fn reopened(world: &Arc<Fake>, directory: &Path) -> Daemon {
-    let config = Config { slots: 1, parallel: 4, workspace_sandboxes: 4 };
-    for _ in 0..200 {
-        let (changes, _) = mpsc::unbounded_channel();
-        if let Ok(daemon) = Manager::open(Handle(Arc::clone(world)), directory, config, changes) {
-            return daemon;
-        }
-        tokio::time::sleep(Duration::from_millis(10)).await;
-    }
-    panic!("the daemon before never lets go");
-}
-
-/// A daemon's start, cold boots included.
-async fn started(world: &Arc<Fake>, directory: &Path) -> Daemon {
-    let daemon = reopened(world, directory).await;
-    for action in daemon.reconcile().await.unwrap() {
-        daemon.carry_out(action).await;
-    }
-    daemon
-}
-
-fn spec(persistent: bool) -> SandboxSpec {
-    SandboxSpec {
-        workspace: "w".into(),
-        template: "base".into(),
-        metadata: Default::default(),
-        ttl_seconds: 60,
-        persistent,
-        disk_mib: 0,
-    }
-}
-
-async fn eventually(what: &str, holds: impl Fn() -> bool) {
-    for _ in 0..400 {
-        if holds() {
-            return;
-        }
-        tokio::time::sleep(Duration::from_millis(10)).await;
-    }
-    panic!("never: {what}");
-}
-
-fn clean(world: &Fake) {
-    assert_eq!(world.books.lock().unwrap().violations, Vec::<String>::new());
-}
 
 #[tokio::test]
 async fn a_sandbox_lives_from_create_to_delete() {
@@ -101,7 +29,7 @@ async fn a_sandbox_lives_from_create_to_delete() {
     assert_eq!(made.guest_ip, "10.200.0.7");
     assert_eq!(backend.list("w".into()).await.unwrap(), vec![made.clone()]);
     assert_eq!(backend.list("other".into()).await.unwrap(), vec![]);
-    assert!(backend.open_agent(made.id.clone()).await.is_ok());
+    assert!(backend.open_agent(made.id.clone(), true).await.is_ok());
     assert!(backend.create_timings(made.id.clone()).await.unwrap().iter().any(|(name, _)| name == "load_us"));
     assert!(backend.delete(made.id.clone()).await.unwrap());
     assert!(!backend.delete(made.id.clone()).await.unwrap());
@@ -112,47 +40,6 @@ async fn a_sandbox_lives_from_create_to_delete() {
         states.push(change.state);
     }
     assert_eq!(states, ["creating", "running", "stopping", ""]);
-    clean(&world);
-}
-
-#[tokio::test]
-async fn a_dressed_slot_only_has_to_run() {
-    let (world, directory) = (Fake::new(), tempfile::tempdir().unwrap());
-    let (daemon, _told) = open_with(&world, directory.path(), 2);
-    daemon.catalogue.renew(&Handle(Arc::clone(&world))).await.unwrap();
-    tokio::spawn(Arc::clone(&daemon).keep_slots());
-    eventually("one slot is dressed and one is empty", || {
-        let ready = daemon.ready_slots();
-        ready.len() == 2 && ready.iter().filter(|slot| slot.record().shape().is_some()).count() == 1
-    })
-    .await;
-    world.books.lock().unwrap().log.clear();
-
-    let made = Backend(Arc::clone(&daemon)).create("r".into(), spec(false)).await.unwrap();
-
-    let log = world.books.lock().unwrap().log.clone();
-    let of_it: Vec<_> = log.iter().filter_map(|line| line.strip_suffix(&format!(" {}", made.id))).collect();
-    assert_eq!(of_it, ["resume", "identify"]);
-    assert!(
-        world.books.lock().unwrap().machine_ids.contains_key(&made.id),
-        "it was made unique when it was dressed"
-    );
-    clean(&world);
-}
-
-#[tokio::test]
-async fn a_larger_disk_takes_an_empty_slot() {
-    let (world, directory) = (Fake::new(), tempfile::tempdir().unwrap());
-    let (daemon, _told) = open_with(&world, directory.path(), 2);
-    daemon.catalogue.renew(&Handle(Arc::clone(&world))).await.unwrap();
-    tokio::spawn(Arc::clone(&daemon).keep_slots());
-    eventually("both slots are ready", || daemon.ready_slots().len() == 2).await;
-
-    let larger = SandboxSpec { disk_mib: 2048, ..spec(false) };
-    let made = Backend(Arc::clone(&daemon)).create("r".into(), larger).await.unwrap();
-
-    let log = world.books.lock().unwrap().log.clone();
-    assert!(log.contains(&format!("load {}", made.id)) && !log.contains(&format!("resume {}", made.id)));
     clean(&world);
 }
 
@@ -277,7 +164,7 @@ async fn a_machine_that_dies_is_failed_with_a_reason_and_its_disk_stays() {
     eventually("its network is free", || world.books.lock().unwrap().attachments.is_empty()).await;
     assert!(world.books.lock().unwrap().directories.contains_key(&id));
     assert!(backend.events(id.clone()).await.unwrap().iter().any(|event| event.kind == "vm.died"));
-    assert!(matches!(backend.open_agent(id.clone()).await, Err(Error::WrongState(_))));
+    assert!(matches!(backend.open_agent(id.clone(), true).await, Err(Error::WrongState(_))));
     assert!(backend.delete(id).await.unwrap());
     assert_eq!(world.owners().len(), 0);
 }
@@ -397,93 +284,6 @@ async fn a_persistent_sandbox_is_booted_again_with_its_name() {
     clean(&world);
 }
 
-/// What a daemon does before it is killed: a slot, two sandboxes, a setting, a deletion. Tells what it was promised.
-async fn busy_life(daemon: Daemon, promised: Arc<std::sync::Mutex<(Vec<String>, Vec<String>)>>) {
-    for action in daemon.reconcile().await.unwrap() {
-        daemon.carry_out(action).await;
-    }
-    let backend = Backend(Arc::clone(&daemon));
-    let slot = daemon.make_slot().await.unwrap();
-    daemon.push_slot(slot);
-    let kept = backend.create("kept".into(), spec(true)).await.unwrap().id;
-    promised.lock().unwrap().0.push(kept.clone());
-    let gone = backend.create("gone".into(), spec(false)).await.unwrap().id;
-    promised.lock().unwrap().0.push(gone.clone());
-    backend.set_ttl(kept, 99).await.unwrap();
-    promised.lock().unwrap().0.retain(|id| *id != gone);
-    backend.delete(gone.clone()).await.unwrap();
-    promised.lock().unwrap().1.push(gone);
-}
-
-/// Kills the daemon (or the power) before each call with an effect in turn, starts it again, and compares.
-fn killed_everywhere(power: bool) {
-    for budget in 0..200 {
-        let (world, directory) = (Fake::new(), tempfile::tempdir().unwrap());
-        world.budget.store(budget, Ordering::SeqCst);
-        let promised: Arc<std::sync::Mutex<(Vec<String>, Vec<String>)>> = Arc::default();
-        let runtime = tokio::runtime::Runtime::new().unwrap();
-        let finished = runtime.block_on(async {
-            let (daemon, _told) = open(&world, directory.path());
-            let life = tokio::spawn(busy_life(daemon, Arc::clone(&promised)));
-            tokio::select! {
-                () = world.crashed.notified() => false,
-                done = life => { done.unwrap(); true }
-            }
-        });
-        // Every task ends where it stands.
-        drop(runtime);
-        if power {
-            world.cut_power();
-        }
-        world.budget.store(usize::MAX, Ordering::SeqCst);
-        let runtime = tokio::runtime::Runtime::new().unwrap();
-        runtime.block_on(async {
-            let daemon = started(&world, directory.path()).await;
-            let backend = Backend(Arc::clone(&daemon));
-            let listed: Vec<_> = backend.list(String::new()).await.unwrap();
-            let (there, gone) = promised.lock().unwrap().clone();
-            for id in &there {
-                let info = listed.iter().find(|info| info.id == *id);
-                let info =
-                    info.unwrap_or_else(|| panic!("budget {budget}: {id} was acknowledged and is lost"));
-                if info.persistent || !power {
-                    assert_eq!(info.state, State::Running, "budget {budget}: {}", info.reason);
-                }
-            }
-            assert!(gone.iter().all(|id| !listed.iter().any(|info| info.id == *id)), "budget {budget}");
-            let known: Vec<_> = daemon.all().iter().map(|one| one.id.to_string()).collect();
-            for owner in world.owners() {
-                assert!(known.contains(&owner), "budget {budget}: {owner} belongs to nobody");
-                assert!(
-                    listed.iter().any(|info| info.id == owner),
-                    "budget {budget}: {owner} is nobody's sandbox"
-                );
-            }
-            for info in listed {
-                assert!(backend.delete(info.id).await.unwrap());
-            }
-            assert_eq!(world.owners().len(), 0, "budget {budget}");
-            assert_eq!(daemon.records.iter().unwrap().len(), 0, "budget {budget}");
-            clean(&world);
-        });
-        if finished {
-            assert!(budget >= 19, "the life is long enough to be cut in many places: {budget}");
-            return;
-        }
-    }
-    panic!("the life never ends");
-}
-
-#[test]
-fn a_daemon_killed_anywhere_leaves_nothing_and_loses_nothing() {
-    killed_everywhere(false);
-}
-
-#[test]
-fn a_power_cut_anywhere_leaves_nothing_and_loses_nothing() {
-    killed_everywhere(true);
-}
-
 #[tokio::test]
 async fn an_event_out_of_place_is_refused() {
     let (world, directory) = (Fake::new(), tempfile::tempdir().unwrap());
@@ -497,57 +297,6 @@ async fn an_event_out_of_place_is_refused() {
     assert!(matches!(refused, Err(Error::WrongState(_))));
     assert_eq!(daemon.info(&id).unwrap().state, State::Running);
     drop(slot);
-}
-
-/// A file system in memory of a few MiB; gone when dropped.
-struct Small(tempfile::TempDir);
-
-impl Small {
-    /// `None` where it cannot be mounted (needs root).
-    fn mount() -> Option<Self> {
-        let directory = tempfile::tempdir().unwrap();
-        let mut mount = std::process::Command::new("mount");
-        mount.args(["-t", "tmpfs", "-o", "size=16m", "tmpfs"]).arg(directory.path());
-        if mount.status().is_ok_and(|status| status.success()) {
-            return Some(Self(directory));
-        }
-        println!("skipped: nothing can be mounted here");
-        None
-    }
-
-    fn fill(&self) {
-        let mut file = std::fs::File::create(self.0.path().join("filler")).unwrap();
-        let full =
-            std::iter::repeat_with(|| std::io::Write::write_all(&mut file, &[7; 4096])).find(Result::is_err);
-        assert_eq!(full.unwrap().unwrap_err().kind(), std::io::ErrorKind::StorageFull);
-    }
-}
-
-impl Drop for Small {
-    fn drop(&mut self) {
-        let _ = std::process::Command::new("umount").arg("-l").arg(self.0.path()).status();
-    }
-}
-
-#[tokio::test]
-async fn a_full_disk_can_be_emptied() {
-    let world = Fake::new();
-    let Some(small) = Small::mount() else { return };
-    let (daemon, _told) = open(&world, small.0.path());
-    let backend = Backend(Arc::clone(&daemon));
-    let id = backend.create("r".into(), spec(false)).await.unwrap().id;
-    small.fill();
-
-    let refused = backend.set_ttl(id.clone(), 99).await;
-    assert!(matches!(refused, Err(Error::NoSpace(_))), "{refused:?}");
-    let refused = backend.create("s".into(), spec(false)).await;
-    assert!(matches!(refused, Err(Error::NoSpace(_) | Error::Internal(_))), "{refused:?}");
-    assert!(backend.delete(id).await.unwrap());
-
-    assert_eq!(world.owners().len(), 0);
-    assert_eq!(daemon.records.iter().unwrap().len(), 0);
-    assert!(!daemon.is_poisoned());
-    clean(&world);
 }
 
 #[tokio::test(start_paused = true)]

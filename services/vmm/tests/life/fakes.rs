@@ -1,5 +1,4 @@
 //! A world that keeps books and breaks on demand.
-#![allow(clippy::unwrap_used)]
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -15,8 +14,9 @@ use std::{
 use pandastack_bus::{
     Error, Result, SandboxId,
     network::{Attachment, NetworkBackend},
-    storage::{Fill, Owner, StorageBackend, TemplateInfo, TemplateState, Usage},
+    storage::{CaptureKind, Fill, SnapshotInfo, VolumeUse},
 };
+use pandastack_protocol::Mount;
 use pandastack_vmm::ports::{
     Answered, Guest, Hypervisor, Identification, Limits, Machine, Process, UnitState, Units, World,
 };
@@ -29,13 +29,45 @@ pub struct Books {
     pub limited: BTreeSet<String>,
     pub attachments: BTreeSet<String>,
     pub guests: BTreeSet<String>,
-    pub paused: BTreeSet<String>,
     pub machine_ids: BTreeMap<String, String>,
     pub captured: BTreeSet<String>,
+    /// What a guest has in its memory: survives a capture and nothing else.
+    pub minds: BTreeMap<String, String>,
+    /// Guests whose processors stand still.
+    pub paused: BTreeSet<String>,
+    /// Guests that are copies and were not told yet who they are.
+    pub copies: BTreeSet<String>,
+    /// Captures under way, by machine.
+    pub captures: BTreeMap<String, Capture>,
+    pub snapshots: BTreeMap<String, Kept>,
+    /// What a directory was filled from, if it was a snapshot.
+    pub sources: BTreeMap<String, Kept>,
+    /// Volumes by holder.
+    pub holds: BTreeMap<String, Vec<VolumeUse>>,
+    /// Whose volumes are in a directory.
+    pub inserted: BTreeMap<String, String>,
+    pub mounts: BTreeMap<String, Vec<Mount>>,
+    pub renewed: Vec<String>,
     pub baked: bool,
     pub template_failed: Option<String>,
     pub violations: Vec<String>,
     pub log: Vec<String>,
+}
+
+#[derive(Default, Clone)]
+pub struct Capture {
+    pub written: Option<CaptureKind>,
+    pub disks: bool,
+    pub volumes: bool,
+}
+
+/// A snapshot with what is in it.
+#[derive(Clone)]
+pub struct Kept {
+    pub info: SnapshotInfo,
+    pub mind: String,
+    pub machine_id: String,
+    pub volumes: bool,
 }
 
 pub struct Fake {
@@ -45,6 +77,8 @@ pub struct Fake {
     pub crashed: Notify,
     /// Calls whose log line starts with this fail.
     pub fails: Mutex<Option<String>>,
+    /// The n-th call with an effect from now on fails, once.
+    pub fail_at: AtomicUsize,
     /// Guests do not answer, for so many greetings.
     pub deaf: AtomicUsize,
     pub slow: AtomicBool,
@@ -57,6 +91,7 @@ impl Fake {
             budget: AtomicUsize::new(usize::MAX),
             crashed: Notify::new(),
             fails: Mutex::new(None),
+            fail_at: AtomicUsize::new(0),
             deaf: AtomicUsize::new(0),
             slow: AtomicBool::new(false),
         })
@@ -69,6 +104,9 @@ impl Fake {
         books.attachments.clear();
         books.guests.clear();
         books.paused.clear();
+        books.captures.clear();
+        // The memory of a machine is lost; what is in its directory stays.
+        books.minds.clear();
     }
 
     pub fn fail(&self, what: &str) {
@@ -81,7 +119,12 @@ impl Fake {
     }
 
     /// A call with an effect. It happens, or (budget used up) neither it nor anything after it does.
-    async fn call<T>(&self, what: &str, id: &str, act: impl FnOnce(&mut Books) -> Result<T>) -> Result<T> {
+    pub async fn call<T>(
+        &self,
+        what: &str,
+        id: &str,
+        act: impl FnOnce(&mut Books) -> Result<T>,
+    ) -> Result<T> {
         if self.slow.load(Ordering::Relaxed) {
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
@@ -98,109 +141,18 @@ impl Fake {
         if self.fails.lock().unwrap().as_deref() == Some(what) {
             return Err(Error::Internal(format!("{what} is broken")));
         }
+        let fail_at = self.fail_at.load(Ordering::SeqCst);
+        self.fail_at.store(fail_at.saturating_sub(1), Ordering::SeqCst);
+        if fail_at == 1 {
+            return Err(Error::Internal(format!("{what} fails this time")));
+        }
         act(&mut books)
-    }
-}
-
-fn template(books: &Books) -> TemplateInfo {
-    TemplateInfo {
-        name: "base".into(),
-        aliases: vec![],
-        description: String::new(),
-        category: "base".into(),
-        tools: vec![],
-        vcpus: 1,
-        memory_mib: 128,
-        disk_mib: 1024,
-        env: [("LANG".to_owned(), "C.UTF-8".to_owned())].into(),
-        workdir: String::new(),
-        warmup: "true".into(),
-        size_bytes: 1,
-        state: match (&books.template_failed, books.baked) {
-            (Some(_), _) => TemplateState::Failed,
-            (None, true) => TemplateState::Baked,
-            (None, false) => TemplateState::Unbaked,
-        },
-        reason: books.template_failed.clone().unwrap_or_default(),
     }
 }
 
 /// A handle on the world, as one daemon has it.
 #[derive(Clone)]
 pub struct Handle(pub Arc<Fake>);
-
-impl StorageBackend for Handle {
-    async fn templates(&self) -> Result<Vec<TemplateInfo>> {
-        Ok(vec![template(&self.0.books.lock().unwrap())])
-    }
-    async fn template(&self, name: String) -> Result<TemplateInfo> {
-        match name.as_str() {
-            "base" => Ok(template(&self.0.books.lock().unwrap())),
-            _ => Err(Error::NotFound(name)),
-        }
-    }
-    async fn prepare(&self, id: String) -> Result<bool> {
-        self.0
-            .call("prepare", &id, |books| {
-                books.directories.entry(id.clone()).or_default();
-                Ok(true)
-            })
-            .await
-    }
-    async fn fill(&self, id: String, _template: String, fill: Fill, _disk_mib: u64) -> Result<()> {
-        self.0
-            .call("fill", &id, |books| match books.directories.get_mut(&id) {
-                Some(slot) => {
-                    *slot = Some(fill);
-                    Ok(())
-                }
-                None => Err(Error::NotFound(id.clone())),
-            })
-            .await
-    }
-    async fn ensure_kernel(&self, id: String) -> Result<()> {
-        self.0.call("kernel", &id, |_| Ok(())).await
-    }
-    async fn prepare_capture(&self, id: String) -> Result<()> {
-        self.0.call("prepare_capture", &id, |_| Ok(())).await
-    }
-    async fn seal_template(&self, id: String, _template: String) -> Result<()> {
-        self.0
-            .call("seal", &id, |books| {
-                if books.units.contains_key(&id) || !books.captured.contains(&id) {
-                    books.violations.push(format!("sealed {id} while it runs or without a capture"));
-                }
-                books.baked = true;
-                Ok(())
-            })
-            .await
-    }
-    async fn fail_template(&self, _template: String, reason: String) -> Result<()> {
-        self.0
-            .call("fail_template", "", |books| {
-                books.template_failed = Some(reason);
-                Ok(())
-            })
-            .await
-    }
-    async fn release(&self, id: String) -> Result<bool> {
-        self.0
-            .call("release", &id, |books| {
-                if books.units.contains_key(&id) {
-                    books.violations.push(format!("released {id} under its process"));
-                }
-                Ok(books.directories.remove(&id).is_some())
-            })
-            .await
-    }
-    async fn owners(&self) -> Result<Vec<Owner>> {
-        let books = self.0.books.lock().unwrap();
-        Ok(books.directories.keys().map(|id| Owner { id: id.clone(), bytes: 0 }).collect())
-    }
-    async fn usage(&self) -> Result<Usage> {
-        Ok(Usage { total_bytes: 1 << 40, free_bytes: 1 << 39, reserve_bytes: 1 << 30 })
-    }
-}
 
 impl NetworkBackend for Handle {
     async fn attach(&self, id: String, _process: OwnedFd) -> Result<Attachment> {
@@ -254,6 +206,7 @@ impl Units for Handle {
             .call("stop", id.as_str(), |books| {
                 books.guests.remove(id.as_str());
                 books.paused.remove(id.as_str());
+                books.minds.remove(id.as_str());
                 Ok(books.units.remove(id.as_str()).is_some())
             })
             .await
@@ -283,28 +236,6 @@ impl Hypervisor for Handle {
     async fn load(&self, id: &SandboxId) -> Result<()> {
         self.run("load", id, Fill::Baked).await
     }
-    async fn pause(&self, id: &SandboxId) -> Result<()> {
-        self.0
-            .call("pause", id.as_str(), |books| {
-                if !books.guests.remove(id.as_str()) {
-                    books.violations.push(format!("pause of {id}, which does not run"));
-                }
-                books.paused.insert(id.to_string());
-                Ok(())
-            })
-            .await
-    }
-    async fn resume(&self, id: &SandboxId) -> Result<()> {
-        self.0
-            .call("resume", id.as_str(), |books| {
-                if !books.paused.remove(id.as_str()) {
-                    books.violations.push(format!("resume of {id}, which is not paused"));
-                }
-                books.guests.insert(id.to_string());
-                Ok(())
-            })
-            .await
-    }
     async fn boot(&self, id: &SandboxId, _machine: Machine) -> Result<()> {
         self.run("boot", id, Fill::Pristine).await
     }
@@ -316,8 +247,41 @@ impl Hypervisor for Handle {
             })
             .await
     }
-    async fn renew_disk(&self, id: &SandboxId) -> Result<()> {
-        self.0.call("renew", id.as_str(), |_| Ok(())).await
+    async fn renew_drive(&self, id: &SandboxId, drive: &str) -> Result<()> {
+        let line = format!("{id} {drive}");
+        self.0
+            .call("renew", id.as_str(), |books| {
+                books.renewed.push(line);
+                Ok(())
+            })
+            .await
+    }
+    async fn is_paused(&self, id: &SandboxId) -> Result<bool> {
+        let books = self.0.books.lock().unwrap();
+        match books.guests.contains(id.as_str()) {
+            true => Ok(books.paused.contains(id.as_str())),
+            false => Err(Error::Internal("no machine".into())),
+        }
+    }
+    async fn pause(&self, id: &SandboxId) -> Result<()> {
+        self.turn("pause", id, true).await
+    }
+    async fn resume(&self, id: &SandboxId) -> Result<()> {
+        self.turn("resume", id, false).await
+    }
+    async fn write_capture(&self, id: &SandboxId, kind: CaptureKind) -> Result<()> {
+        self.0
+            .call("write", id.as_str(), |books| {
+                if !books.paused.contains(id.as_str()) {
+                    books.violations.push(format!("{id} is captured while it runs"));
+                }
+                match books.captures.get_mut(id.as_str()) {
+                    Some(capture) => capture.written = Some(kind),
+                    None => return Err(Error::Internal("no files to write to".into())),
+                }
+                Ok(())
+            })
+            .await
     }
 }
 
@@ -327,11 +291,37 @@ impl Handle {
             .call(what, id.as_str(), |books| {
                 let id = id.to_string();
                 let filled = books.directories.get(&id).copied().flatten();
+                // What was inserted belongs to one that still holds it.
+                if let Some(holder) = books.inserted.get(&id)
+                    && !books.holds.contains_key(holder)
+                {
+                    books.violations.push(format!("{what} of {id} with volumes that nobody holds"));
+                }
                 let good = if fill == Fill::Baked { filled == Some(fill) } else { filled.is_some() };
                 if !good || !books.units.contains_key(&id) || !books.limited.contains(&id) {
                     books.violations.push(format!("{what} of {id} without files, process or limits"));
                 }
+                if let Some(kept) = books.sources.get(&id).cloned().filter(|_| fill == Fill::Baked) {
+                    books.minds.insert(id.clone(), kept.mind);
+                    books.machine_ids.insert(id.clone(), kept.machine_id);
+                    books.copies.insert(id.clone());
+                }
                 books.guests.insert(id);
+                Ok(())
+            })
+            .await
+    }
+
+    async fn turn(&self, what: &str, id: &SandboxId, pause: bool) -> Result<()> {
+        self.0
+            .call(what, id.as_str(), |books| {
+                if !books.guests.contains(id.as_str()) {
+                    return Err(Error::Internal("no machine".into()));
+                }
+                match pause {
+                    true => books.paused.insert(id.to_string()),
+                    false => books.paused.remove(id.as_str()),
+                };
                 Ok(())
             })
             .await
@@ -349,9 +339,17 @@ impl Guest for Handle {
                 if !books.guests.contains(id.as_str()) {
                     return Err(Error::GuestUnreachable("no guest".into()));
                 }
+                // Who is woken stays who it is.
+                if who.machine_id.is_none() {
+                    books.copies.remove(id.as_str());
+                }
                 if let Some(machine_id) = &who.machine_id {
                     let before = books.machine_ids.insert(id.to_string(), machine_id.clone());
-                    if before.is_some_and(|before| before != *machine_id) {
+                    let copy = books.copies.remove(id.as_str());
+                    if copy && before.as_ref() == Some(machine_id) {
+                        books.violations.push(format!("{id} is as unique as what it was copied from"));
+                    }
+                    if !copy && before.is_some_and(|before| before != *machine_id) {
                         books.violations.push(format!("{id} is somebody else now"));
                     }
                 }
@@ -362,10 +360,24 @@ impl Guest for Handle {
     async fn grow_root(&self, id: &SandboxId) -> Result<()> {
         self.0.call("grow", id.as_str(), |_| Ok(())).await
     }
+    async fn sync(&self, id: &SandboxId, _limit: Duration) -> Result<()> {
+        self.0.call("sync", id.as_str(), |_| Ok(())).await
+    }
+    async fn mount(&self, id: &SandboxId, mounts: Vec<Mount>) -> Result<()> {
+        self.0
+            .call("mount", id.as_str(), |books| {
+                books.mounts.insert(id.to_string(), mounts);
+                Ok(())
+            })
+            .await
+    }
     async fn warm_up(&self, id: &SandboxId, _command: &str) -> Result<()> {
         self.0.call("warm_up", id.as_str(), |_| Ok(())).await
     }
-    async fn open(&self, _id: &SandboxId) -> Result<OwnedFd> {
+    async fn open(&self, id: &SandboxId) -> Result<OwnedFd> {
+        if !self.0.books.lock().unwrap().guests.contains(id.as_str()) {
+            return Err(Error::GuestUnreachable("no guest".into()));
+        }
         Ok(std::io::pipe().unwrap().0.into())
     }
 }

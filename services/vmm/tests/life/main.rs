@@ -1,0 +1,13 @@
+//! The conductor over a world of fakes: what is promised holds, whatever breaks.
+
+#![allow(clippy::unwrap_used)]
+
+mod copies;
+mod crash;
+mod daemon;
+mod fake_storage;
+mod fakes;
+mod full;
+mod sandboxes;
+mod sleep;
+mod slots;
