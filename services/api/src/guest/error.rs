@@ -74,11 +74,8 @@ impl GuestError {
 /// 503: a sandbox that could not be woken. It is as before.
 fn asleep(sandbox: &str, error: &pandastack_bus::Error) -> Problem {
     let cause = Problem::about(sandbox, error, Effect::None);
-    let mut problem = Problem::new(
-        StatusCode::SERVICE_UNAVAILABLE,
-        "auto_wake",
-        format!("auto-wake: {}", cause.message),
-    );
+    let mut problem =
+        Problem::new(StatusCode::SERVICE_UNAVAILABLE, "auto_wake", format!("auto-wake: {}", cause.message));
     // It cannot be woken as it is: asking again does not help.
     let hopeless = cause.status.is_client_error() || cause.status == StatusCode::INTERNAL_SERVER_ERROR;
     problem.retry_after = (!hopeless).then_some(cause.retry_after.unwrap_or(5));

@@ -143,8 +143,9 @@ pub async fn start(app: &Arc<App>, id: &str, input: &mut Input) -> Result<Runnin
     let (exec, stdin, timeout) = specify(wish)?;
     app.own(&input.caller, id).await?;
     let activity = app.touch.in_use(id);
-    let session =
-        Session::start(&app.guests, id, exec, stdin, activity).await.map_err(|error| refuse(app, id, error))?;
+    let session = Session::start(&app.guests, id, exec, stdin, activity)
+        .await
+        .map_err(|error| refuse(app, id, error))?;
     Ok(Running::new(session, timeout))
 }
 
@@ -198,8 +199,10 @@ fn specify(wish: ExecRequest) -> Result<(Exec, Option<Bytes>, u64), Problem> {
     let stdin = wish.stdin.filter(|stdin| !stdin.is_empty()).map(Bytes::from);
     if exec.detach && stdin.is_some() {
         // Nobody would be there to send it again when a connection is lost.
-        return Err(Problem::invalid("field `stdin` does not go with `detach`; write a file and redirect it")
-            .with("field", "stdin"));
+        return Err(Problem::invalid(
+            "field `stdin` does not go with `detach`; write a file and redirect it",
+        )
+        .with("field", "stdin"));
     }
     Ok((exec, stdin, timeout))
 }

@@ -227,8 +227,7 @@ async fn tell(mut running: Running, wait: bool, until: Option<u64>, to: Pieces) 
             let text = decoder.push(part);
             at = at.saturating_add(part.len() as u64);
             read_to = at.saturating_sub(decoder.held() as u64);
-            if !text.is_empty()
-                && to.send(output::placed_event(name, &text, offset, read_to)).await.is_none()
+            if !text.is_empty() && to.send(output::placed_event(name, &text, offset, read_to)).await.is_none()
             {
                 return;
             }
@@ -291,7 +290,9 @@ mod tests {
     fn an_offset_is_a_number_and_waiting_is_the_default() {
         assert_eq!(asked("").unwrap(), (0, true));
         assert_eq!(asked("offset=18446744073709551615&wait=false").unwrap(), (u64::MAX, false));
-        for bad in ["offset=", "offset=-1", "offset=x", "offset=1.5", "offset=18446744073709551616", "wait=perhaps"] {
+        for bad in
+            ["offset=", "offset=-1", "offset=x", "offset=1.5", "offset=18446744073709551616", "wait=perhaps"]
+        {
             assert_eq!(asked(bad).unwrap_err().status.as_u16(), 400, "{bad}");
         }
     }

@@ -217,11 +217,12 @@ async fn forked(app: Arc<App>, id: String, mut input: Input, default: u64) -> Re
             abandon(&maker, &fork).await;
         }
     });
-    let (fork, found) = made.await.map_err(|_| Problem::internal())?.map_err(|problem| match problem.code {
-        "conflict" if keyed => key_reused(),
-        _ => problem,
-    })?;
-    answer(parent.id, tree, wanted, &fork, found)
+    let (fork, found) =
+        made.await.map_err(|_| Problem::internal())?.map_err(|problem| match problem.code {
+            "conflict" if keyed => key_reused(),
+            _ => problem,
+        })?;
+    answer(parent.id, tree, wanted.as_ref(), &fork, found)
 }
 
 /// Makes the children and looks at each.
@@ -278,7 +279,7 @@ async fn abandon(app: &App, fork: &Fork) {
 fn answer(
     parent_id: String,
     tree_id: String,
-    wanted: Option<String>,
+    wanted: Option<&String>,
     fork: &Fork,
     found: Vec<Option<SandboxInfo>>,
 ) -> Result<Forked, Problem> {
@@ -286,7 +287,7 @@ fn answer(
     for (index, (birth, info)) in fork.children.iter().zip(found).enumerate() {
         match info {
             Some(info) => {
-                if wanted.is_some() && info.metadata.get(DIGEST_KEY) != wanted.as_ref() {
+                if wanted.is_some() && info.metadata.get(DIGEST_KEY) != wanted {
                     return Err(key_reused());
                 }
                 children.push(Sandbox::from(info));

@@ -23,7 +23,6 @@ use crate::{
     wire::{Error, SECRET, Sandbox},
 };
 
-
 /// The routes of this file.
 pub fn routes(app: &Arc<App>) -> BoxedFilter<(Response,)> {
     let with = |app: &Arc<App>| {

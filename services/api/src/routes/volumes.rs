@@ -21,7 +21,8 @@ use crate::{
 const DEFAULT_MIB: u64 = 256;
 const MAX_MIB: u64 = 65_536;
 /// How a name is made.
-pub const NAME_RULE: &str = "a volume's name has 1 to 64 characters of A-Z, a-z, 0-9, `.`, `_` and `-`, and is neither `.` nor `..`";
+pub const NAME_RULE: &str =
+    "a volume's name has 1 to 64 characters of A-Z, a-z, 0-9, `.`, `_` and `-`, and is neither `.` nor `..`";
 
 /// The routes of this file.
 pub fn routes(app: &Arc<App>) -> BoxedFilter<(Response,)> {
@@ -72,7 +73,13 @@ impl From<VolumeInfo> for Volume {
 #[derive(Debug, Default, Deserialize, ToSchema)]
 pub struct CreateVolume {
     /// Its name within the workspace; not `.` or `..`.
-    #[schema(required = true, nullable = false, min_length = 1, max_length = 64, pattern = "^[A-Za-z0-9._-]+$")]
+    #[schema(
+        required = true,
+        nullable = false,
+        min_length = 1,
+        max_length = 64,
+        pattern = "^[A-Za-z0-9._-]+$"
+    )]
     pub name: Option<String>,
     /// Size in MiB; 256 when absent.
     #[serde(default, deserialize_with = "whole")]
@@ -125,14 +132,11 @@ async fn refuse(app: &App, workspace: &str, name: &str, error: BusError) -> Prob
         BusError::Exists(_) => return Problem::conflict("volume already exists"),
         other => return Problem::from_bus(&other, Effect::Perhaps),
     };
-    let problem = Problem::new(
-        StatusCode::INSUFFICIENT_STORAGE,
-        "no_space",
-        "insufficient host storage headroom",
-    );
-    let problem = problem.with("reason", reason).with("hint", "delete volumes or snapshots, or ask for a smaller one");
-    let (volumes, usage) =
-        tokio::join!(app.storage.volumes(workspace.to_owned()), app.storage.usage());
+    let problem =
+        Problem::new(StatusCode::INSUFFICIENT_STORAGE, "no_space", "insufficient host storage headroom");
+    let problem =
+        problem.with("reason", reason).with("hint", "delete volumes or snapshots, or ask for a smaller one");
+    let (volumes, usage) = tokio::join!(app.storage.volumes(workspace.to_owned()), app.storage.usage());
     let (Ok(volumes), Ok(usage)) = (volumes, usage) else { return problem };
     let provisioned: u64 = volumes.iter().map(|volume| volume.size_mib.saturating_mul(1 << 20)).sum();
     problem

@@ -85,7 +85,10 @@ fn reserved(key: &str, value: &str) -> bool {
 }
 
 /// Labels within their limits and with the workspace; reserved keys are refused.
-pub fn labels(wished: BTreeMap<String, String>, workspace: &str) -> Result<BTreeMap<String, String>, Problem> {
+pub fn labels(
+    wished: BTreeMap<String, String>,
+    workspace: &str,
+) -> Result<BTreeMap<String, String>, Problem> {
     let labels = bounded(wished, workspace)?;
     if let Some((key, _)) = labels.iter().find(|(key, value)| reserved(key, value)) {
         return Err(
