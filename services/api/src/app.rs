@@ -97,10 +97,10 @@ impl App {
         let this = Arc::clone(self);
         tokio::spawn(async move {
             while let Some(change) = changes.next().await {
-                if let Ok(change) = change.args()
-                    && (change.state().is_empty() || *change.state() == "failed")
-                {
-                    this.forget(change.id());
+                let Ok(change) = change.args() else { continue };
+                match *change.state() {
+                    "" | "failed" => this.forget(change.id()),
+                    state => this.guests.changed(change.id(), state),
                 }
             }
         });

@@ -298,7 +298,7 @@ fn dress(headers: &mut HeaderMap, request_id: &str) {
             "access-control-allow-headers",
             "content-type, accept, authorization, idempotency-key, x-api-key, x-request-id, x-pandastack-org",
         ),
-        ("access-control-expose-headers", "x-request-id, retry-after"),
+        ("access-control-expose-headers", "x-request-id, retry-after, x-pandastack-session"),
         ("access-control-max-age", "600"),
     ] {
         headers.insert(name, HeaderValue::from_static(value));

@@ -69,6 +69,11 @@ impl Input {
         parse_json(&self.bytes(limit).await?)
     }
 
+    /// A body that says nothing: absent, empty or any JSON object.
+    pub async fn nothing(&mut self) -> Result<(), Problem> {
+        self.json::<serde::de::IgnoredAny>(JSON_LIMIT).await.map(drop)
+    }
+
     /// The query's pairs, decoded.
     pub fn pairs(&self) -> Result<Vec<(String, String)>, Problem> {
         pairs(&self.query)

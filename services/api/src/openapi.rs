@@ -10,7 +10,10 @@ use utoipa::{
 };
 
 use crate::{
-    routes::{exec, files, lifecycle, me, meta, sandboxes, templates},
+    routes::{
+        exec, execs, files, forks, lifecycle, me, meta, promote, sandboxes, snapshots, state, templates,
+        volumes,
+    },
     wire,
 };
 
@@ -41,8 +44,29 @@ use crate::{
         sandboxes::delete,
         lifecycle::get,
         lifecycle::patch,
+        state::pause,
+        state::resume,
+        state::hibernate,
+        state::stop,
+        state::wake,
+        state::start,
+        snapshots::take,
+        snapshots::list,
+        snapshots::get,
+        snapshots::delete,
+        forks::fork,
+        forks::fork_tree,
+        promote::promote,
+        volumes::create,
+        volumes::list,
+        volumes::get,
+        volumes::grow,
+        volumes::delete,
         exec::exec,
         exec::exec_stream,
+        execs::list,
+        execs::read,
+        execs::kill,
         files::read,
         files::write,
         files::delete,

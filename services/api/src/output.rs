@@ -61,6 +61,11 @@ impl Utf8 {
         }
     }
 
+    /// Bytes that are held back.
+    pub fn held(&self) -> usize {
+        self.held.len()
+    }
+
     /// What was held back, at the end of the stream.
     pub fn finish(&mut self) -> String {
         if std::mem::take(&mut self.held).is_empty() { String::new() } else { '\u{FFFD}'.to_string() }
@@ -95,6 +100,19 @@ pub fn chunk_event(event: &str, text: &str) -> Bytes {
     ascii_json(text, &mut out);
     out.push_str("}\n\n");
     out.into()
+}
+
+/// As [`chunk_event`]; `offset` is that of the text's first byte in the output of both streams, `next` where to go on.
+pub fn placed_event(event: &str, text: &str, offset: u64, next: u64) -> Bytes {
+    let mut out = format!("event: {event}\ndata: {{\"offset\":{offset},\"next\":{next},\"chunk\":");
+    ascii_json(text, &mut out);
+    out.push_str("}\n\n");
+    out.into()
+}
+
+/// An event of a session that carries numbers and plain ASCII only.
+pub fn plain_event(event: &str, data: &serde_json::Value) -> Bytes {
+    format!("event: {event}\ndata: {data}\n\n").into()
 }
 
 /// The terminal event of a command that ended.

@@ -243,7 +243,7 @@ pub fn never_sent(error: &zbus::Error) -> bool {
 }
 
 /// One bounded line without the phrases on which clients send a command once more.
-fn calm(text: &str) -> String {
+pub fn calm(text: &str) -> String {
     let line: String =
         text.chars().map(|c| if c.is_control() { ' ' } else { c }).take(SENTENCE_CHARS).collect();
     let lower = line.to_ascii_lowercase();

@@ -38,8 +38,29 @@ pub const ROUTES: &[Route] = &[
     shut("DELETE", "/v1/sandboxes/{id}"),
     shut("GET", "/v1/sandboxes/{id}/lifecycle"),
     shut("PATCH", "/v1/sandboxes/{id}/lifecycle"),
+    shut("POST", "/v1/sandboxes/{id}/pause"),
+    shut("POST", "/v1/sandboxes/{id}/resume"),
+    shut("POST", "/v1/sandboxes/{id}/hibernate"),
+    shut("POST", "/v1/sandboxes/{id}/stop"),
+    shut("POST", "/v1/sandboxes/{id}/wake"),
+    shut("POST", "/v1/sandboxes/{id}/start"),
+    shut("POST", "/v1/sandboxes/{id}/snapshots"),
+    shut("GET", "/v1/snapshots"),
+    shut("GET", "/v1/snapshots/{snapshot}"),
+    shut("DELETE", "/v1/snapshots/{snapshot}"),
+    shut("POST", "/v1/sandboxes/{id}/fork"),
+    shut("POST", "/v1/sandboxes/{id}/fork-tree"),
+    shut("POST", "/v1/sandboxes/{id}/promote"),
+    shut("POST", "/v1/volumes"),
+    shut("GET", "/v1/volumes"),
+    shut("GET", "/v1/volumes/{name}"),
+    shut("PATCH", "/v1/volumes/{name}"),
+    shut("DELETE", "/v1/volumes/{name}"),
     shut("POST", "/v1/sandboxes/{id}/exec"),
     shut("POST", "/v1/sandboxes/{id}/exec/stream"),
+    shut("GET", "/v1/sandboxes/{id}/execs"),
+    shut("GET", "/v1/sandboxes/{id}/execs/{session}"),
+    shut("DELETE", "/v1/sandboxes/{id}/execs/{session}"),
     shut("GET", "/v1/sandboxes/{id}/fs"),
     shut("PUT", "/v1/sandboxes/{id}/fs"),
     shut("DELETE", "/v1/sandboxes/{id}/fs"),
@@ -105,7 +126,7 @@ mod tests {
             Found::Route(shut("GET", "/v1/sandboxes/{id}/fs/dir"), Some("abc"))
         );
         assert_eq!(find("PUT", "/v1/sandboxes"), Found::OtherMethods(vec!["POST", "GET"]));
-        for path in ["/healthzX", "/v1/sandboxes/", "/v1/sandboxes//fs", "/", "", "/v1/sandboxes/a/fork"] {
+        for path in ["/healthzX", "/v1/sandboxes/", "/v1/sandboxes//fs", "/", "", "/v1/sandboxes/a/forks"] {
             assert_eq!(find("GET", path), Found::Nothing, "{path:?}");
         }
     }

@@ -31,7 +31,7 @@ pub struct Error {
 }
 
 /// A sandbox.
-#[derive(Debug, Serialize, ToSchema)]
+#[derive(Debug, Clone, Serialize, ToSchema)]
 pub struct Sandbox {
     /// Its id: 20 characters of `a-z0-9`.
     pub id: String,
@@ -55,8 +55,16 @@ pub struct Sandbox {
     pub metadata: BTreeMap<String, String>,
     /// Milliseconds from the request to the guest's first answer.
     pub boot_ms: u64,
-    /// `snapshot` for a restored guest, `cold` for a booted one.
+    /// `snapshot` for a restored guest, `fork` for a child of a fork, `wake` for one that was woken, `cold` for a booted one.
     pub boot_mode: String,
+    /// Snapshot that it was created from.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub from_snapshot: Option<String>,
+    /// Sandbox that it was forked from.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub parent_id: Option<String>,
+    /// Volumes that it has.
+    pub volumes: Vec<Mount>,
     /// RFC 3339.
     pub created_at: String,
     /// Exempt from the idle limit.
@@ -65,8 +73,22 @@ pub struct Sandbox {
     pub ttl_seconds: u64,
 }
 
+/// A volume as a sandbox has it.
+#[derive(Debug, Clone, Serialize, ToSchema)]
+pub struct Mount {
+    /// Its name.
+    pub name: String,
+    /// Where the guest has it.
+    pub path: String,
+    /// Writes are refused by the host.
+    pub read_only: bool,
+    /// A clone of the sandbox's own, which ends with it: that of a fork's or a snapshot's child.
+    pub private: bool,
+}
+
 impl From<SandboxInfo> for Sandbox {
     fn from(info: SandboxInfo) -> Self {
+        let given = |text: String| (!text.is_empty()).then_some(text);
         let mut metadata = info.metadata;
         metadata.retain(|key, _| !key.starts_with(SECRET));
         metadata.insert("workspace".into(), info.workspace);
@@ -78,10 +100,22 @@ impl From<SandboxInfo> for Sandbox {
             disk_mb: info.disk_mib,
             status: info.state.as_str().to_owned(),
             reason: (info.state == State::Failed).then_some(info.reason),
-            guest_ip: (!info.guest_ip.is_empty()).then_some(info.guest_ip),
+            guest_ip: given(info.guest_ip),
             metadata,
             boot_ms: info.boot_ms,
             boot_mode: info.boot_mode,
+            from_snapshot: given(info.snapshot),
+            parent_id: given(info.parent),
+            volumes: info
+                .mounts
+                .into_iter()
+                .map(|mount| Mount {
+                    name: mount.name,
+                    path: mount.path,
+                    read_only: mount.read_only,
+                    private: mount.private,
+                })
+                .collect(),
             created_at: rfc3339(info.created_unix_ms),
             persistent: info.persistent,
             ttl_seconds: info.ttl_seconds,

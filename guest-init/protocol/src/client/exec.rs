@@ -1,10 +1,14 @@
 //! An attached session: output and its acknowledgement, input within its window.
 
+use std::time::Duration;
+
 use bytes::{Bytes, BytesMut};
 use tokio::io::{AsyncRead, AsyncWrite};
 
 use super::{Client, ClientError, parse, unexpected};
-use crate::{ACK_EVERY, CHUNK, Exit, Failure, Kind, STDIN_WINDOW, Started, encode, split_output};
+use crate::{
+    ACK_EVERY, CHUNK, Exit, Failure, Kind, REPLAY_BYTES, STDIN_WINDOW, Started, encode, split_output,
+};
 
 /// What a session sends.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -25,9 +29,17 @@ pub struct ExecStream<S> {
     pub started: Started,
     offset: u64,
     acked: u64,
+    keep: u64,
     ended: bool,
     input: Input,
 }
+
+/// Unacknowledged bytes with which the host may wait: half of what an agent that is short of memory keeps of a session
+/// before it stops reading the program.
+const WAIT_WITH: u64 = 16 << 10;
+/// How long nothing may come before more than that is acknowledged although it was to be kept: the agent may be the one
+/// that waits.
+const QUIET: Duration = Duration::from_secs(1);
 
 /// Standard input on its way: what was given and not sent, and how much of what was sent is not taken yet.
 #[derive(Debug, Default)]
@@ -42,15 +54,14 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> ExecStream<S> {
     pub(super) fn new(client: Client<S>, started: Started) -> Self {
         let offset = started.offset;
         let input = Input { sent: started.stdin, taken: started.stdin, ..Input::default() };
-        Self { client, started, offset, acked: offset, ended: false, input }
+        Self { client, started, offset, acked: offset, keep: 0, ended: false, input }
     }
 
     /// What comes next; sends queued standard input meanwhile. Cancel-safe.
     pub async fn next(&mut self) -> Result<ExecEvent, ClientError> {
         loop {
-            if self.offset - self.acked >= ACK_EVERY {
-                self.acked = self.offset;
-                encode(Kind::Ack, &self.offset.to_le_bytes(), &mut self.client.out);
+            if self.offset - self.acked >= self.keep + ACK_EVERY {
+                self.ack(self.keep);
             }
             while let Some(frame) = self.client.decoder.next_frame()? {
                 match frame.kind {
@@ -70,7 +81,31 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> ExecStream<S> {
                 self.input_frames();
             }
             let more = self.input_ready();
-            self.client.exchange(more).await?;
+            if self.offset - self.acked >= WAIT_WITH {
+                self.ack(self.keep);
+            }
+            if self.offset - self.acked <= WAIT_WITH {
+                self.client.exchange(more).await?;
+            } else if let Ok(exchanged) = tokio::time::timeout(QUIET, self.client.exchange(more)).await {
+                exchanged?;
+            } else {
+                self.ack(WAIT_WITH);
+            }
+        }
+    }
+
+    /// Leaves the last so many bytes unacknowledged, as far as the agent can keep them: whoever attaches again can have
+    /// them once more.
+    pub fn keep(&mut self, bytes: u64) {
+        self.keep = bytes.min(REPLAY_BYTES as u64 / 2);
+    }
+
+    /// Acknowledges all but the last `keep` bytes.
+    fn ack(&mut self, keep: u64) {
+        let to = self.offset.saturating_sub(keep);
+        if to > self.acked {
+            self.acked = to;
+            encode(Kind::Ack, &to.to_le_bytes(), &mut self.client.out);
         }
     }
 

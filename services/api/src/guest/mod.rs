@@ -5,13 +5,22 @@
 //!
 //! ```text
 //!   vmm.open_agent ──► greet ──► idle ──► one activity ──► idle
-//!                                  └── EOF, error, old age ──► dropped, the next one is opened on demand
+//!   (wakes it)                     └── EOF, error, old age ──► dropped, the next one is opened on demand
 //! ```
+//!
+//! A request wakes a hibernated sandbox; what goes on by itself (a command that is followed, the kill of an abandoned
+//! one) does not. While a sandbox stands still no connection of before is used.
 
+mod error;
+mod followers;
 mod session;
+mod still;
 mod stream;
 
+pub use error::GuestError;
+use followers::Followers;
 pub use session::Session;
+pub use still::Still;
 pub use stream::{AgentStream, Pulse};
 
 use std::{
@@ -21,15 +30,12 @@ use std::{
     time::{Duration, Instant},
 };
 
-use pandastack_bus::vmm::VmmProxy;
-use pandastack_protocol::{Client, ClientError, Entry, Failure, Request};
+use pandastack_bus::vmm::{State, VmmProxy};
+use pandastack_protocol::{Client, ClientError, Entry, Request};
 use serde::de::DeserializeOwned;
 use tokio::net::UnixStream;
 
-use crate::{
-    bus::again,
-    problem::{Effect, Problem},
-};
+use crate::bus::again;
 
 /// Idle connections kept per sandbox.
 const IDLE_PER_SANDBOX: usize = 4;
@@ -41,59 +47,8 @@ const GREETING: Duration = Duration::from_secs(5);
 pub const ANSWER: Duration = Duration::from_secs(20);
 /// How long it may take for the next part of a file.
 pub const PART: Duration = Duration::from_secs(60);
-
-/// Why the guest did not do it.
-#[derive(Debug, Clone, thiserror::Error)]
-pub enum GuestError {
-    /// It said no. Nothing of the request remains.
-    #[error(transparent)]
-    Refused(Failure),
-    /// No connection could be had. Nothing was asked.
-    #[error("{0:?}")]
-    Bus(pandastack_bus::Error),
-    /// It was asked and did not answer, or not in our language. Whether it did something is unknown.
-    #[error("the guest does not answer: {0}")]
-    Lost(String),
-}
-
-impl GuestError {
-    /// For a request that only reads.
-    pub fn reading(self, sandbox: &str) -> Problem {
-        match self {
-            Self::Refused(failure) => Problem::from_file_failure(&failure),
-            Self::Bus(error) => Problem::about(sandbox, &error, Effect::None),
-            Self::Lost(_) => Problem::unavailable("guest_unreachable", "the guest does not answer"),
-        }
-    }
-
-    /// For a request that changes something.
-    pub fn changing(self, sandbox: &str) -> Problem {
-        match self {
-            Self::Lost(_) => Problem::gave_up(
-                "guest_unreachable",
-                "the guest does not answer; whether the request had an effect is unknown",
-            ),
-            other => other.reading(sandbox),
-        }
-    }
-
-    /// For the start of a command.
-    pub fn starting(self, sandbox: &str) -> Problem {
-        match self {
-            Self::Refused(failure) => Problem::from_start_failure(&failure),
-            Self::Bus(error) => match Problem::about(sandbox, &error, Effect::None) {
-                problem if problem.status == http::StatusCode::GATEWAY_TIMEOUT => {
-                    Problem::unavailable("guest_unreachable", "the guest is not reachable")
-                }
-                problem => problem,
-            },
-            Self::Lost(_) => Problem::gave_up(
-                "guest_unreachable",
-                "the guest does not answer; whether the command was started is unknown",
-            ),
-        }
-    }
-}
+/// How often a first step is tried: a capture resets every connection.
+const ATTEMPTS: usize = 3;
 
 /// A connection that is ready for a request.
 #[derive(Debug)]
@@ -111,28 +66,77 @@ pub struct Greeted {
 pub struct Guests {
     vmm: VmmProxy<'static>,
     idle: Mutex<HashMap<String, Vec<Greeted>>>,
+    /// Which of them stand still.
+    pub still: Still,
+    followers: Arc<Followers>,
+}
+
+/// Whether a hibernated sandbox is woken for it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Wake {
+    /// Somebody asked for something that needs the guest.
+    Yes,
+    /// It goes on by itself, and waits or ends where the guest sleeps.
+    No,
 }
 
 impl Guests {
     /// No connections yet.
     pub fn new(vmm: VmmProxy<'static>) -> Arc<Self> {
-        Arc::new(Self { vmm, idle: Mutex::default() })
+        Arc::new(Self { vmm, idle: Mutex::default(), still: Still::default(), followers: Arc::default() })
     }
 
     /// An idle connection, or a new one.
-    pub async fn connect(&self, sandbox: &str) -> Result<Greeted, GuestError> {
+    pub async fn connect(&self, sandbox: &str, wake: Wake) -> Result<Greeted, GuestError> {
         match self.take(sandbox) {
             Some(greeted) => Ok(greeted),
-            None => self.open(sandbox).await,
+            None => self.open(sandbox, wake).await,
         }
     }
 
     /// A new connection.
-    pub async fn open(&self, sandbox: &str) -> Result<Greeted, GuestError> {
+    pub async fn open(&self, sandbox: &str, wake: Wake) -> Result<Greeted, GuestError> {
+        match self.greeted(sandbox, wake).await {
+            Ok(greeted) => {
+                self.still.seen(sandbox, false);
+                Ok(greeted)
+            }
+            // Why it could not be had: a look at the state, as rarely as such errors are.
+            Err(GuestError::Bus(error)) if !matches!(error, pandastack_bus::Error::NotFound(_)) => {
+                Err(match self.look(sandbox).await {
+                    Ok(State::Paused) => GuestError::Paused,
+                    Ok(State::Hibernated) => GuestError::Asleep(error),
+                    _ => GuestError::Bus(error),
+                })
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    /// What state a sandbox is in; whether it stands still is remembered.
+    pub async fn look(&self, sandbox: &str) -> pandastack_bus::Result<State> {
+        let state = again(|| self.vmm.get(sandbox.to_owned())).await?.state;
+        self.changed(sandbox, state.as_str());
+        Ok(state)
+    }
+
+    /// A sandbox is in this state now.
+    pub fn changed(&self, sandbox: &str, state: &str) {
+        let still = matches!(state, "paused" | "hibernated");
+        self.still.seen(sandbox, still);
+        if still {
+            // They would take requests, and answer none.
+            self.drop_idle(sandbox);
+        }
+    }
+
+    async fn greeted(&self, sandbox: &str, wake: Wake) -> Result<Greeted, GuestError> {
         let mut last = String::new();
         // A connection can be accepted and reset right after a restore: greet again.
-        for _ in 0..3 {
-            let fd = again(|| self.vmm.open_agent(sandbox.to_owned())).await.map_err(GuestError::Bus)?;
+        for _ in 0..ATTEMPTS {
+            let fd = again(|| self.vmm.open_agent(sandbox.to_owned(), wake == Wake::Yes))
+                .await
+                .map_err(GuestError::Bus)?;
             let stream = StdUnixStream::from(std::os::fd::OwnedFd::from(fd));
             let stream = stream
                 .set_nonblocking(true)
@@ -153,7 +157,7 @@ impl Guests {
 
     /// Gives an idle connection back.
     pub fn put(&self, sandbox: &str, client: Client<AgentStream>, pulse: Pulse) {
-        if !pulse.looks_alive() {
+        if !pulse.looks_alive() || self.still.is(sandbox) {
             return;
         }
         let mut idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner);
@@ -168,14 +172,19 @@ impl Guests {
     pub fn warm(self: &Arc<Self>, sandbox: &str) {
         let (this, sandbox) = (Arc::clone(self), sandbox.to_owned());
         tokio::spawn(async move {
-            if let Ok(greeted) = this.open(&sandbox).await {
+            if let Ok(greeted) = this.open(&sandbox, Wake::No).await {
                 this.put(&sandbox, greeted.client, greeted.pulse);
             }
         });
     }
 
-    /// The sandbox is gone, or its connections are of no use any more.
+    /// The sandbox is gone.
     pub fn forget(&self, sandbox: &str) {
+        self.drop_idle(sandbox);
+        self.still.forget(sandbox);
+    }
+
+    fn drop_idle(&self, sandbox: &str) {
         self.idle.lock().unwrap_or_else(PoisonError::into_inner).remove(sandbox);
     }
 
@@ -192,10 +201,12 @@ impl Guests {
         &self,
         sandbox: &str,
         request: &Request,
+        wake: Wake,
     ) -> Result<(T, bool), (GuestError, bool)> {
-        let mut lost = false;
+        let (mut lost, mut fresh) = (false, 0);
         loop {
-            let mut greeted = self.connect(sandbox).await.map_err(|error| (error, lost))?;
+            let mut greeted = self.connect(sandbox, wake).await.map_err(|error| (error, lost))?;
+            fresh += usize::from(greeted.fresh);
             match greeted.client.call(request, ANSWER).await {
                 Ok(answer) => {
                     self.put(sandbox, greeted.client, greeted.pulse);
@@ -205,7 +216,7 @@ impl Guests {
                     self.put(sandbox, greeted.client, greeted.pulse);
                     return Err((GuestError::Refused(failure), lost));
                 }
-                Err(ClientError::Lost(_)) if !greeted.fresh => lost = true,
+                Err(ClientError::Lost(_)) if fresh < ATTEMPTS => lost = true,
                 Err(error) => return Err((GuestError::Lost(error.to_string()), true)),
             }
         }
@@ -213,10 +224,12 @@ impl Guests {
 
     /// Opens a file for reading, on a connection that stays with the caller.
     pub async fn read_file(&self, sandbox: &str, path: &str) -> Result<(Greeted, Entry), GuestError> {
+        let mut fresh = 0;
         loop {
-            let mut greeted = self.connect(sandbox).await?;
+            let mut greeted = self.connect(sandbox, Wake::Yes).await?;
+            fresh += usize::from(greeted.fresh);
             let step = greeted.client.read_file(path, ANSWER).await;
-            if let Some(begun) = self.begun(sandbox, greeted, step) {
+            if let Some(begun) = self.begun(sandbox, greeted, step, fresh) {
                 return begun;
             }
         }
@@ -230,10 +243,12 @@ impl Guests {
         size: u64,
         mode: u32,
     ) -> Result<(Greeted, ()), GuestError> {
+        let mut fresh = 0;
         loop {
-            let mut greeted = self.connect(sandbox).await?;
+            let mut greeted = self.connect(sandbox, Wake::Yes).await?;
+            fresh += usize::from(greeted.fresh);
             let step = greeted.client.write_file(path, size, mode, ANSWER).await;
-            if let Some(begun) = self.begun(sandbox, greeted, step) {
+            if let Some(begun) = self.begun(sandbox, greeted, step, fresh) {
                 return begun;
             }
         }
@@ -241,24 +256,27 @@ impl Guests {
 
     /// Starts a listing, on a connection that stays with the caller; answers its first part.
     pub async fn list(&self, sandbox: &str, path: &str) -> Result<(Greeted, Option<Vec<Entry>>), GuestError> {
+        let mut fresh = 0;
         loop {
-            let mut greeted = self.connect(sandbox).await?;
+            let mut greeted = self.connect(sandbox, Wake::Yes).await?;
+            fresh += usize::from(greeted.fresh);
             let step = match greeted.client.list(path, ANSWER).await {
                 Ok(()) => greeted.client.next_entries(PART).await,
                 Err(error) => Err(error),
             };
-            if let Some(begun) = self.begun(sandbox, greeted, step) {
+            if let Some(begun) = self.begun(sandbox, greeted, step, fresh) {
                 return begun;
             }
         }
     }
 
-    /// What became of a first step; `None` when it met a broken idle connection and nothing was transferred: once more.
+    /// What became of a first step; `None` when its connection broke and nothing was transferred: once more.
     fn begun<T>(
         &self,
         sandbox: &str,
         greeted: Greeted,
         step: Result<T, ClientError>,
+        fresh: usize,
     ) -> Option<Result<(Greeted, T), GuestError>> {
         match step {
             Ok(answer) => Some(Ok((greeted, answer))),
@@ -266,12 +284,15 @@ impl Guests {
                 self.put(sandbox, greeted.client, greeted.pulse);
                 Some(Err(GuestError::Refused(failure)))
             }
-            Err(ClientError::Lost(_)) if !greeted.fresh => None,
+            Err(ClientError::Lost(_)) if fresh < ATTEMPTS => None,
             Err(error) => Some(Err(GuestError::Lost(error.to_string()))),
         }
     }
 
     fn take(&self, sandbox: &str) -> Option<Greeted> {
+        if self.still.is(sandbox) {
+            return None;
+        }
         let mut idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner);
         let of_sandbox = idle.get_mut(sandbox)?;
         while let Some(greeted) = of_sandbox.pop() {

@@ -13,7 +13,7 @@ use warp::{Filter, Reply, filters::BoxedFilter, reply::Response};
 use super::{Answer, Pieces, UNREAD_FOR, finish, input, json, no_content, pieces, streamed};
 use crate::{
     app::App,
-    guest::{Greeted, GuestError, PART},
+    guest::{Greeted, GuestError, PART, Wake},
     input::{Input, linger},
     problem::Problem,
     touch::Activity,
@@ -309,7 +309,7 @@ pub async fn delete(app: Arc<App>, id: String, mut input: Input) -> Answer {
     if last_component(&path) == "/" {
         return Err(Problem::invalid("the root directory cannot be deleted"));
     }
-    match app.guests.call::<serde::de::IgnoredAny>(&id, &Request::Delete { path }).await {
+    match app.guests.call::<serde::de::IgnoredAny>(&id, &Request::Delete { path }, Wake::Yes).await {
         Ok(_) => Ok(no_content()),
         // An attempt before this one was lost after it had done its work.
         Err((GuestError::Refused(Failure { code: Code::NotFound, .. }), true)) => Ok(no_content()),
@@ -325,7 +325,7 @@ pub async fn stat(app: Arc<App>, id: String, mut input: Input) -> Answer {
     let (path, _activity) = about(&app, &id, &mut input, None).await?;
     let (mut entry, _) = app
         .guests
-        .call::<Entry>(&id, &Request::Stat { path: path.clone() })
+        .call::<Entry>(&id, &Request::Stat { path: path.clone() }, Wake::Yes)
         .await
         .map_err(|(error, _)| refuse(&app, &id, error, false))?;
     last_component(&path).clone_into(&mut entry.name);

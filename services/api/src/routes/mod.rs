@@ -2,13 +2,21 @@
 //!
 //! Owns: which handler belongs to which path (the list of paths is [`crate::table`]; a test holds both together).
 
+pub mod command;
 pub mod exec;
+pub mod execs;
 pub mod files;
+pub mod forks;
 pub mod lifecycle;
 pub mod me;
 pub mod meta;
+pub mod promote;
 pub mod sandboxes;
+pub mod snapshots;
+pub mod state;
 pub mod templates;
+pub mod volumes;
+pub mod wish;
 
 use std::{
     sync::{
@@ -39,6 +47,18 @@ pub fn all(app: &Arc<App>) -> BoxedFilter<(Response,)> {
         .or(sandboxes::routes(app))
         .unify()
         .or(lifecycle::routes(app))
+        .unify()
+        .or(state::routes(app))
+        .unify()
+        .or(forks::routes(app))
+        .unify()
+        .or(promote::routes(app))
+        .unify()
+        .or(snapshots::routes(app))
+        .unify()
+        .or(execs::routes(app))
+        .unify()
+        .or(volumes::routes(app))
         .unify()
         .or(templates::routes(app))
         .unify()
@@ -151,6 +171,15 @@ fn streamed(mut arriving: Arriving, content_type: &'static str) -> Response {
     let stream = futures_util::stream::poll_fn(move |cx| arriving.poll(cx));
     let mut response = warp::reply::stream(stream).into_response();
     response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static(content_type));
+    response
+}
+
+/// A body of events.
+fn event_stream(arriving: Arriving) -> Response {
+    let mut response = streamed(arriving, "text/event-stream; charset=utf-8");
+    let headers = response.headers_mut();
+    headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-cache"));
+    headers.insert("x-accel-buffering", HeaderValue::from_static("no"));
     response
 }
 

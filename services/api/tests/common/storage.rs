@@ -1,0 +1,240 @@
+//! A storage that only remembers.
+
+use std::{
+    collections::{BTreeMap, btree_map::Entry},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, AtomicUsize, Ordering},
+    },
+};
+
+use pandastack_api::tenancy::now_ms;
+use pandastack_bus::{
+    Error, Result,
+    storage::{
+        CaptureKind, Fill, Owner, Purpose, SnapshotInfo, SnapshotSpec, StorageBackend, TemplateInfo,
+        TemplateState, Usage, VolumeInfo, VolumeUse,
+    },
+    vmm::{SandboxInfo, SandboxSpec},
+};
+
+/// A storage with two templates that counts how often it is asked for one.
+pub struct FakeStorage {
+    pub asked: AtomicUsize,
+    pub shelf: Arc<Shelf>,
+}
+
+/// What lies on storage.
+#[derive(Default)]
+pub struct Shelf {
+    pub snapshots: Mutex<BTreeMap<String, SnapshotInfo>>,
+    pub volumes: Mutex<BTreeMap<(String, String), VolumeInfo>>,
+    /// No space is left.
+    pub full: AtomicBool,
+}
+
+impl Shelf {
+    /// Captures a sandbox; the same id again is the same capture.
+    pub fn capture(&self, id: String, of: &SandboxInfo, purpose: Purpose) -> SnapshotInfo {
+        let mut all = self.snapshots.lock().unwrap();
+        let number = all.len() as u64;
+        let spec = SnapshotSpec {
+            id: id.clone(),
+            workspace: of.workspace.clone(),
+            sandbox: of.id.clone(),
+            purpose,
+            template: of.template.clone(),
+            vcpus: of.vcpus,
+            memory_mib: of.memory_mib,
+            disk_mib: of.disk_mib,
+            env: BTreeMap::new(),
+            volumes: Vec::new(),
+        };
+        let made = SnapshotInfo {
+            spec,
+            size_bytes: 1 << 30,
+            created_unix_ms: 1_767_323_045_250 + number,
+            unusable: String::new(),
+        };
+        all.entry(id).or_insert(made).clone()
+    }
+
+    /// Attaches the volumes of a sandbox, all or none.
+    pub fn hold(&self, sandbox: &str, spec: &SandboxSpec) -> Result<()> {
+        let mut all = self.volumes.lock().unwrap();
+        let key = |volume: &VolumeUse| (spec.workspace.clone(), volume.name.clone());
+        for volume in &spec.volumes {
+            let held = all.get(&key(volume)).ok_or_else(|| unknown(&volume.name))?;
+            if !volume.read_only && !held.holders.is_empty() {
+                return Err(Error::WrongState(format!("volume {:?} is attached", volume.name)));
+            }
+        }
+        for volume in &spec.volumes {
+            all.get_mut(&key(volume)).unwrap().holders.push(sandbox.to_owned());
+        }
+        Ok(())
+    }
+
+    /// Detaches them.
+    pub fn release(&self, sandbox: &str) {
+        let mut all = self.volumes.lock().unwrap();
+        all.values_mut().for_each(|volume| volume.holders.retain(|holder| holder != sandbox));
+    }
+}
+
+fn unknown(name: &str) -> Error {
+    Error::NotFound(format!("volume {name:?} not found"))
+}
+
+impl StorageBackend for FakeStorage {
+    async fn templates(&self) -> Result<Vec<TemplateInfo>> {
+        let one = |name: &str, alias: &str| TemplateInfo {
+            name: name.into(),
+            aliases: vec![alias.into()],
+            description: "A template.".into(),
+            category: "base".into(),
+            tools: vec!["git".into()],
+            vcpus: 2,
+            memory_mib: 512,
+            disk_mib: 4096,
+            env: BTreeMap::new(),
+            workdir: "/root".into(),
+            warmup: String::new(),
+            size_bytes: 1 << 30,
+            state: TemplateState::Baked,
+            reason: String::new(),
+        };
+        Ok(vec![one("code-interpreter", "python"), one("base", "ubuntu-24.04")])
+    }
+
+    async fn template(&self, name: String) -> Result<TemplateInfo> {
+        self.asked.fetch_add(1, Ordering::Relaxed);
+        let all = self.templates().await?;
+        all.into_iter()
+            .find(|template| template.name == name || template.aliases.contains(&name))
+            .ok_or_else(|| Error::NotFound(format!("template {name:?} not found")))
+    }
+
+    async fn usage(&self) -> Result<Usage> {
+        Ok(Usage { total_bytes: 1 << 40, free_bytes: 5, reserve_bytes: 7 })
+    }
+
+    async fn snapshots(&self, workspace: String) -> Result<Vec<SnapshotInfo>> {
+        let mut found: Vec<SnapshotInfo> = self.shelf.snapshots.lock().unwrap().values().cloned().collect();
+        found.retain(|info| workspace.is_empty() || info.spec.workspace == workspace);
+        found.sort_by_key(|info| std::cmp::Reverse(info.created_unix_ms));
+        Ok(found)
+    }
+
+    async fn snapshot(&self, snapshot: String) -> Result<SnapshotInfo> {
+        let all = self.shelf.snapshots.lock().unwrap();
+        all.get(&snapshot).cloned().ok_or_else(|| Error::NotFound(format!("snapshot {snapshot:?} not found")))
+    }
+
+    async fn delete_snapshot(&self, snapshot: String) -> Result<bool> {
+        Ok(self.shelf.snapshots.lock().unwrap().remove(&snapshot).is_some())
+    }
+
+    async fn create_volume(&self, workspace: String, name: String, size_mib: u64) -> Result<VolumeInfo> {
+        if self.shelf.full.load(Ordering::Relaxed) {
+            return Err(Error::NoSpace("below the reserve".into()));
+        }
+        let info = VolumeInfo {
+            workspace: workspace.clone(),
+            name: name.clone(),
+            size_mib,
+            used_bytes: 0,
+            created_unix_ms: now_ms(),
+            holders: Vec::new(),
+        };
+        match self.shelf.volumes.lock().unwrap().entry((workspace, name)) {
+            Entry::Occupied(_) => Err(Error::Exists("volume is there".into())),
+            Entry::Vacant(place) => Ok(place.insert(info).clone()),
+        }
+    }
+
+    async fn volumes(&self, workspace: String) -> Result<Vec<VolumeInfo>> {
+        let all = self.shelf.volumes.lock().unwrap();
+        Ok(all.values().filter(|info| info.workspace == workspace).cloned().collect())
+    }
+
+    async fn volume(&self, workspace: String, name: String) -> Result<VolumeInfo> {
+        let all = self.shelf.volumes.lock().unwrap();
+        all.get(&(workspace, name.clone())).cloned().ok_or_else(|| unknown(&name))
+    }
+
+    async fn delete_volume(&self, workspace: String, name: String) -> Result<bool> {
+        let mut all = self.shelf.volumes.lock().unwrap();
+        let key = (workspace, name);
+        if all.get(&key).is_some_and(|info| !info.holders.is_empty()) {
+            return Err(Error::WrongState("a sandbox has the volume".into()));
+        }
+        Ok(all.remove(&key).is_some())
+    }
+
+    async fn grow_volume(&self, workspace: String, name: String, size_mib: u64) -> Result<VolumeInfo> {
+        let mut all = self.shelf.volumes.lock().unwrap();
+        let info = all.get_mut(&(workspace, name.clone())).ok_or_else(|| unknown(&name))?;
+        if !info.holders.is_empty() {
+            return Err(Error::WrongState("a sandbox has the volume".into()));
+        }
+        if size_mib < info.size_mib {
+            return Err(Error::InvalidArgument("a volume only grows".into()));
+        }
+        info.size_mib = size_mib;
+        Ok(info.clone())
+    }
+
+    async fn begin_capture(&self, _: String) -> Result<CaptureKind> {
+        Err(Error::NotReady(String::new()))
+    }
+    async fn capture_disks(&self, _: String, _: bool) -> Result<()> {
+        Err(Error::NotReady(String::new()))
+    }
+    async fn commit_capture(&self, _: String, _: SnapshotSpec) -> Result<SnapshotInfo> {
+        Err(Error::NotReady(String::new()))
+    }
+    async fn abort_capture(&self, _: String) -> Result<()> {
+        Err(Error::NotReady(String::new()))
+    }
+    async fn copy_snapshot(&self, _: String, _: SnapshotSpec) -> Result<SnapshotInfo> {
+        Err(Error::NotReady(String::new()))
+    }
+    async fn fill_snapshot(&self, _: String, _: String) -> Result<()> {
+        Err(Error::NotReady(String::new()))
+    }
+    async fn hold_volumes(&self, _: String, _: String, _: Vec<VolumeUse>) -> Result<()> {
+        Err(Error::NotReady(String::new()))
+    }
+    async fn drop_volumes(&self, _: String) -> Result<()> {
+        Err(Error::NotReady(String::new()))
+    }
+    async fn insert_volumes(&self, _: String, _: String, _: String, _: Vec<VolumeUse>) -> Result<()> {
+        Err(Error::NotReady(String::new()))
+    }
+
+    async fn prepare(&self, _: String) -> Result<bool> {
+        Err(Error::NotReady(String::new()))
+    }
+    async fn fill(&self, _: String, _: String, _: Fill, _: u64) -> Result<()> {
+        Err(Error::NotReady(String::new()))
+    }
+    async fn ensure_kernel(&self, _: String) -> Result<()> {
+        Err(Error::NotReady(String::new()))
+    }
+    async fn prepare_capture(&self, _: String) -> Result<()> {
+        Err(Error::NotReady(String::new()))
+    }
+    async fn seal_template(&self, _: String, _: String) -> Result<()> {
+        Err(Error::NotReady(String::new()))
+    }
+    async fn fail_template(&self, _: String, _: String) -> Result<()> {
+        Err(Error::NotReady(String::new()))
+    }
+    async fn release(&self, _: String) -> Result<bool> {
+        Err(Error::NotReady(String::new()))
+    }
+    async fn owners(&self) -> Result<Vec<Owner>> {
+        Ok(Vec::new())
+    }
+}

@@ -1,0 +1,13 @@
+//! What state a sandbox is in, what is captured of it and what it has, through the API.
+#![allow(clippy::unwrap_used)]
+
+#[path = "../client/mod.rs"]
+mod client;
+#[path = "../common/mod.rs"]
+mod common;
+
+mod execs;
+mod forks;
+mod snapshots;
+mod verbs;
+mod volumes;
