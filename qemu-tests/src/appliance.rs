@@ -21,7 +21,7 @@ use std::process::{Child, Command, Stdio};
 use anyhow::{Context, Result, bail};
 use base64::Engine;
 
-use crate::accel::{self, Accelerator};
+use crate::accel;
 use crate::console::Console;
 use crate::disk::{self, Disk};
 use crate::image::Image;

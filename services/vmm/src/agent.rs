@@ -21,12 +21,13 @@ use tokio::{
 };
 
 use crate::{
-    ports::{Answered, Guest, Identification},
+    ports::{Guest, Identification},
     record::hex,
     socket::{Sockets, VSOCK},
 };
 
-/// One attempt to be greeted. A guest that answers at all answers within this; one that was reset never does.
+/// The first attempt to be greeted; twice that after one that lasted so long. A guest that answers at all answers
+/// within this, unless its host is busy; a connection that was reset never does.
 const ATTEMPT: Duration = Duration::from_millis(1500);
 /// Requests that only change settings.
 const SHORT: Duration = Duration::from_secs(10);
@@ -101,21 +102,22 @@ impl Guest for Agents {
         id: &SandboxId,
         identification: &Identification,
         deadline: Instant,
-    ) -> Result<Answered> {
-        let mut pause = Duration::from_millis(1);
+    ) -> Result<Instant> {
+        let (mut pause, mut patience) = (Duration::from_millis(1), ATTEMPT);
         let mut last = String::from("it was never reached");
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 return Err(Error::GuestUnreachable(format!("the guest did not answer in time: {last}")));
             }
+            let limit = patience.min(left);
             // Right after a restore a connection can be accepted and then closed by the pending reset.
             let attempt = async {
-                let mut client = self.greet(id, ATTEMPT.min(left)).await?;
-                let hello = Instant::now();
+                let stream = timeout(limit, self.dial(id)).await.map_err(|_| ClientError::Timeout)??;
+                // Both in one breath: each turn costs a guest that was just restored many first touches of its memory.
                 let request = Request::Identity(identity(id, identification));
-                client.call::<IgnoredAny>(&request, SHORT.min(left)).await?;
-                Ok::<_, ClientError>(Answered { hello, identified: Instant::now() })
+                Client::greet_and_call::<IgnoredAny>(stream, random_u64(), &request, limit).await?;
+                Ok::<_, ClientError>(Instant::now())
             };
             match timeout_at(deadline, attempt).await.unwrap_or(Err(ClientError::Timeout)) {
                 Ok(answered) => return Ok(answered),
@@ -125,7 +127,12 @@ impl Guest for Agents {
                         "the guest refused its identity: {failure}"
                     )));
                 }
-                Err(error) => last = pandastack_daemon::chain(&error),
+                Err(error) => {
+                    if matches!(error, ClientError::Timeout) {
+                        patience *= 2;
+                    }
+                    last = pandastack_daemon::chain(&error);
+                }
             }
             sleep(pause).await;
             pause = (pause * 2).min(Duration::from_millis(100));

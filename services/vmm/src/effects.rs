@@ -209,7 +209,7 @@ impl<W: World> Manager<W> {
             reason = sandbox.aborted() => return Err(Error::WrongState(reason)),
         };
         if let Some(inner) = record.sandbox_mut().filter(|inner| !inner.born) {
-            let boot = answered.hello.saturating_duration_since(sandbox.accepted().unwrap_or(start));
+            let boot = answered.saturating_duration_since(sandbox.accepted().unwrap_or(start));
             inner.boot_ms = u64::try_from(boot.as_millis()).unwrap_or(u64::MAX);
         }
         Ok(())

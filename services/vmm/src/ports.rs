@@ -91,24 +91,16 @@ pub struct Identification {
     pub env: BTreeMap<String, String>,
 }
 
-/// When the guest answered.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Answered {
-    /// Its first answer.
-    pub hello: Instant,
-    /// It has its identity.
-    pub identified: Instant,
-}
-
 /// What the agent in the guest does for us.
 pub trait Guest: Send + Sync + 'static {
-    /// Greets the guest, again and again until it answers, and makes it unique; fails closed at `deadline`.
+    /// Greets the guest, again and again until it answers, and makes it unique; fails closed at `deadline`. Answers when it
+    /// answered.
     fn identify(
         &self,
         id: &SandboxId,
         identification: &Identification,
         deadline: Instant,
-    ) -> impl Future<Output = Result<Answered>> + Send;
+    ) -> impl Future<Output = Result<Instant>> + Send;
     /// Grows the root file system to its disk.
     fn grow_root(&self, id: &SandboxId) -> impl Future<Output = Result<()>> + Send;
     /// Writes everything dirty to its disks, within `limit`.

@@ -18,7 +18,7 @@ use pandastack_bus::{
 };
 use pandastack_protocol::Mount;
 use pandastack_vmm::ports::{
-    Answered, Guest, Hypervisor, Identification, Limits, Machine, Process, UnitState, Units, World,
+    Guest, Hypervisor, Identification, Limits, Machine, Process, UnitState, Units, World,
 };
 use tokio::{sync::Notify, time::Instant};
 
@@ -329,7 +329,7 @@ impl Handle {
 }
 
 impl Guest for Handle {
-    async fn identify(&self, id: &SandboxId, who: &Identification, _deadline: Instant) -> Result<Answered> {
+    async fn identify(&self, id: &SandboxId, who: &Identification, _deadline: Instant) -> Result<Instant> {
         let deaf = &self.0.deaf;
         if deaf.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |left| left.checked_sub(1)).is_ok() {
             return Err(Error::GuestUnreachable("it is deaf".into()));
@@ -353,7 +353,7 @@ impl Guest for Handle {
                         books.violations.push(format!("{id} is somebody else now"));
                     }
                 }
-                Ok(Answered { hello: Instant::now(), identified: Instant::now() })
+                Ok(Instant::now())
             })
             .await
     }
