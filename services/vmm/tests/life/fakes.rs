@@ -79,6 +79,8 @@ pub struct Fake {
     pub fails: Mutex<Option<String>>,
     /// The n-th call with an effect from now on fails, once.
     pub fail_at: AtomicUsize,
+    /// The process of a machine ends just after such a call for it.
+    pub dies_after: Mutex<Option<String>>,
     /// Guests do not answer, for so many greetings.
     pub deaf: AtomicUsize,
     pub slow: AtomicBool,
@@ -92,6 +94,7 @@ impl Fake {
             crashed: Notify::new(),
             fails: Mutex::new(None),
             fail_at: AtomicUsize::new(0),
+            dies_after: Mutex::new(None),
             deaf: AtomicUsize::new(0),
             slow: AtomicBool::new(false),
         })
@@ -146,7 +149,11 @@ impl Fake {
         if fail_at == 1 {
             return Err(Error::Internal(format!("{what} fails this time")));
         }
-        act(&mut books)
+        let done = act(&mut books);
+        if self.dies_after.lock().unwrap().as_deref() == Some(what) {
+            books.units.remove(id);
+        }
+        done
     }
 }
 

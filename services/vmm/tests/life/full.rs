@@ -2,11 +2,14 @@
 
 use std::sync::Arc;
 
-use pandastack_bus::{Error, vmm::VmmBackend};
+use pandastack_bus::{
+    Error,
+    vmm::{State, VmmBackend},
+};
 use pandastack_vmm::backend::Backend;
 
 use crate::{
-    daemon::{clean, open, spec},
+    daemon::{clean, eventually, open, spec},
     fakes::Fake,
 };
 
@@ -31,6 +34,10 @@ impl Small {
         let full =
             std::iter::repeat_with(|| std::io::Write::write_all(&mut file, &[7; 4096])).find(Result::is_err);
         assert_eq!(full.unwrap().unwrap_err().kind(), std::io::ErrorKind::StorageFull);
+    }
+
+    fn empty(&self) {
+        std::fs::remove_file(self.0.path().join("filler")).unwrap();
     }
 }
 
@@ -58,5 +65,37 @@ async fn a_full_disk_can_be_emptied() {
     assert_eq!(world.owners().len(), 0);
     assert_eq!(daemon.records.iter().unwrap().len(), 0);
     assert!(!daemon.is_poisoned());
+    clean(&world);
+}
+
+/// What a verb makes durable is its last step: when the disk does not take it, everything before is undone.
+#[tokio::test]
+async fn on_a_full_disk_a_sandbox_stays_as_it_is() {
+    let world = Fake::new();
+    let Some(small) = Small::mount() else { return };
+    let (daemon, _told) = open(&world, small.0.path());
+    let backend = Backend(Arc::clone(&daemon));
+    let made = backend.create(String::new(), spec(false)).await.unwrap();
+    world.books.lock().unwrap().minds.insert(made.machine.clone(), "a thought".into());
+    let state = || daemon.info(&made.id).unwrap().state;
+    let captures = || world.books.lock().unwrap().snapshots.len();
+
+    small.fill();
+    assert!(matches!(backend.pause(made.id.clone()).await, Err(Error::NoSpace(_))));
+    assert!(matches!(backend.hibernate(made.id.clone()).await, Err(Error::NoSpace(_))));
+    assert_eq!(state(), State::Running);
+    assert!(world.books.lock().unwrap().paused.is_empty());
+    eventually("the capture goes", || captures() == 0).await;
+    small.empty();
+    backend.hibernate(made.id.clone()).await.unwrap();
+    let slot = daemon.make_slot().await.unwrap();
+    daemon.push_slot(slot);
+    small.fill();
+    assert!(matches!(backend.wake(made.id.clone()).await, Err(Error::NoSpace(_))));
+    assert_eq!((state(), captures(), world.owners().len()), (State::Hibernated, 1, 0));
+    small.empty();
+    let awake = backend.wake(made.id.clone()).await.unwrap();
+
+    assert_eq!(world.books.lock().unwrap().minds[&awake.machine], "a thought");
     clean(&world);
 }

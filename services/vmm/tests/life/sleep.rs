@@ -267,6 +267,26 @@ async fn a_slot_that_dies_while_a_sandbox_moves_in_takes_nothing_with_it() {
 }
 
 #[tokio::test]
+async fn a_machine_that_dies_as_a_sandbox_moves_in_keeps_its_disk() {
+    let (world, directory) = (Fake::new(), tempfile::tempdir().unwrap());
+    let (daemon, _told) = open(&world, directory.path());
+    let backend = Backend(Arc::clone(&daemon));
+    let id = thinking(&backend, &world, spec(false)).await;
+    backend.hibernate(id.clone()).await.unwrap();
+    *world.dies_after.lock().unwrap() = Some("identify".into());
+
+    backend.wake(id.clone()).await.unwrap();
+
+    eventually("it is failed", || daemon.info(&id).unwrap().state == State::Failed).await;
+    eventually("its network is free", || world.books.lock().unwrap().attachments.is_empty()).await;
+    let machine = daemon.sandbox(&id).unwrap().record().machine().to_string();
+    assert!(world.books.lock().unwrap().directories.contains_key(&machine), "the slot took it away");
+    assert!(backend.delete(id).await.unwrap());
+    assert_eq!(world.owners().len(), 0);
+    clean(&world);
+}
+
+#[tokio::test]
 async fn a_woken_machine_that_dies_is_failed() {
     let (world, directory) = (Fake::new(), tempfile::tempdir().unwrap());
     let (daemon, _told) = open(&world, directory.path());
