@@ -3,11 +3,14 @@
 //! Owns sessions, files and the guest's identity. Refuses to know who asks and why: the host is the only peer, and what
 //! it says is done. One thread runs everything; what blocks goes to a few helpers.
 
+mod budget;
 mod cgroup;
 mod connection;
 mod delete;
+mod disks;
 mod driver;
 mod exec;
+mod ext4;
 mod files;
 mod forward;
 pub mod machine;
@@ -15,7 +18,9 @@ mod replay;
 mod session;
 mod sessions;
 mod spawn;
+mod transfer;
 mod users;
+mod volumes;
 mod wire;
 mod write;
 
@@ -28,6 +33,7 @@ use std::{
 };
 
 pub use connection::serve;
+use disks::Disks;
 use machine::{Guest, Machine};
 use pandastack_protocol::{Defaults, Failure, Identity, PORT};
 use sessions::Sessions;
@@ -43,6 +49,7 @@ const CONNECTIONS: usize = 256;
 pub struct Agent {
     machine: Box<dyn Machine>,
     sessions: Sessions,
+    disks: Disks,
     defaults: Mutex<Arc<Defaults>>,
 }
 
@@ -50,19 +57,31 @@ impl Agent {
     /// An agent for `machine`, with sessions in cgroups below `cgroups`, or in process groups where that is `None`.
     pub fn new(machine: impl Machine, cgroups: Option<PathBuf>) -> Arc<Self> {
         let defaults = Mutex::new(Arc::new(machine.remembered_defaults()));
-        Arc::new(Self { machine: Box::new(machine), sessions: Sessions::new(cgroups), defaults })
+        Arc::new(Self {
+            machine: Box::new(machine),
+            sessions: Sessions::new(cgroups),
+            disks: Disks::default(),
+            defaults,
+        })
     }
 
     fn defaults(&self) -> Arc<Defaults> {
         self.defaults.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    async fn identify(self: &Arc<Self>, identity: Identity) -> Result<(), Failure> {
-        let agent = self.clone();
-        let identity =
-            connection::blocking(move || agent.machine.identify(&identity).map(|()| identity)).await?;
+    fn identify(&self, identity: Identity) -> Result<(), Failure> {
+        self.machine.identify(&identity)?;
+        match identity.unique {
+            Some(_) => self.sessions.abandon(),
+            None => self.sessions.renew_grace(),
+        }
         if let Some(defaults) = identity.defaults {
-            *self.defaults.lock().unwrap_or_else(PoisonError::into_inner) = Arc::new(defaults);
+            let mut current = self.defaults.lock().unwrap_or_else(PoisonError::into_inner);
+            // A sandbox has those of its template, nearly always.
+            if **current != defaults {
+                self.machine.remember_defaults(&defaults);
+                *current = Arc::new(defaults);
+            }
         }
         Ok(())
     }
@@ -93,7 +112,7 @@ async fn listen() -> io::Result<()> {
     if cgroups.is_none() {
         eprintln!("panda-agent: no cgroups: sessions are process groups");
     }
-    let agent = Agent::new(Guest, cgroups);
+    let agent = Agent::new(Guest::open()?, cgroups);
     let listener = VsockListener::bind(VsockAddr::new(VMADDR_CID_ANY, PORT))?;
     let places = Arc::new(Semaphore::new(CONNECTIONS));
     let mut sweep = tokio::time::interval(Duration::from_secs(30));

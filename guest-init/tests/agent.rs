@@ -36,9 +36,16 @@ impl Machine for Fake {
         self.0.lock().expect("lock").push("grow".into());
         Ok(())
     }
+    fn mount(&self, mounts: &[Mount]) -> Result<(), Failure> {
+        self.0.lock().expect("lock").push(format!("mount {}", mounts.len()));
+        Ok(())
+    }
     fn shut_down(&self) -> Result<(), Failure> {
         self.0.lock().expect("lock").push("shut down".into());
         Ok(())
+    }
+    fn remember_defaults(&self, defaults: &Defaults) {
+        self.0.lock().expect("lock").push(format!("remember {}", defaults.workdir));
     }
     fn remembered_defaults(&self) -> Defaults {
         Defaults::default()
@@ -249,6 +256,9 @@ async fn environment_directory_and_user() {
     assert_eq!(outcome.out(), "/image/bin:/usr/bin:/bin yes /root root x y\n/usr\n0022\n");
     let exec = Exec { user: "12345".into(), ..sh("id -u; id -g; id -G; cat /proc/self/oom_score_adj") };
     assert_eq!(collect(world.exec(exec).await).await.out(), "12345\n12345\n12345\n0\n");
+    // What is known is not written again, which every sandbox of a template would have to wait for.
+    let () = client.call(&Request::Identity(identity.clone()), LIMIT).await.expect("identity");
+    assert_eq!(*world.machine.0.lock().expect("lock"), ["identity 5", "remember /usr", "identity 5"]);
     let failed = Identity { entropy: String::new(), ..identity };
     let error = client.call::<()>(&Request::Identity(failed), LIMIT).await.expect_err("refused");
     assert!(matches!(error, ClientError::Guest(Failure { code: Code::Internal, .. })));
@@ -430,6 +440,75 @@ async fn nobody_attached_drops_the_oldest_and_counts() {
     assert_eq!(outcome.exit.dropped + outcome.stdout.len() as u64, 3_000_004);
     assert_eq!(started.dropped, outcome.exit.dropped);
     assert!(outcome.stdout.len() <= REPLAY_BYTES && outcome.stdout.len() > REPLAY_BYTES / 2);
+}
+
+/// Of a guest that was restored: a copy has a name of its own.
+fn restored(copy: bool) -> Request {
+    let unique = Unique {
+        sandbox: "copy".into(),
+        machine_id: "0".repeat(32),
+        boot_id: "01234567-89ab-4cde-8f01-23456789abcd".into(),
+        hostname: "sb-copy".into(),
+    };
+    let unique = copy.then_some(unique);
+    Request::Identity(Identity { unix_nanos: 1, entropy: "00".into(), unique, defaults: None })
+}
+
+#[tokio::test]
+async fn a_copy_detaches_what_runs_and_a_wake_does_not() {
+    let world = World::new();
+    let running = sh("read word; echo got $word");
+    let mut stream = world.exec(Exec { stdin: true, ..running.clone() }).await;
+    let ended = sh("true");
+    assert_eq!(collect(world.exec(ended.clone()).await).await.exit.code, 0);
+    let mut client = world.client().await;
+    let mut detached = async |request: &Request| {
+        let () = client.call(request, LIMIT).await.expect("done");
+        let list: Sessions = client.call(&Request::Sessions {}, LIMIT).await.expect("sessions");
+        let of = |exec: &Exec| {
+            list.sessions.iter().find(|info| info.session == exec.session).expect("it is there")
+        };
+        (of(&running).detached, of(&ended).detached)
+    };
+    assert_eq!(detached(&restored(false)).await, (false, false));
+    assert_eq!(detached(&restored(true)).await, (true, false));
+    // Whoever was attached belongs to the parent; anybody may go on here.
+    assert!(matches!(stream.next().await, Err(ClientError::Lost(_))));
+    let mut stream =
+        world.client().await.attach(&running.session, 0, LIMIT).await.map_err(|e| e.1).expect("attached");
+    stream.stdin(b"word\n");
+    assert_eq!(collect(stream).await.out(), "got word\n");
+}
+
+#[tokio::test]
+async fn in_a_copy_nothing_holds_output_up() {
+    let world = World::new();
+    let exec = sh("head -c 3000000 /dev/zero; echo end");
+    // It is attached to and never acknowledges, so its program is held up.
+    let parent = world.exec(exec.clone()).await;
+    let mut client = world.client().await;
+    let mut info = async || {
+        let list: Sessions = client.call(&Request::Sessions {}, LIMIT).await.expect("sessions");
+        list.sessions[0].clone()
+    };
+    while info().await.output_bytes < REPLAY_BYTES as u64 / 2 {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    assert_eq!(info().await.exit, None);
+    let () = world.client().await.call(&restored(true), LIMIT).await.expect("done");
+    let exit = loop {
+        match info().await.exit {
+            Some(exit) => break exit,
+            None => tokio::time::sleep(Duration::from_millis(5)).await,
+        }
+    };
+    assert_eq!((exit.code, exit.output_bytes), (0, 3_000_004));
+    assert!(exit.dropped > 0);
+    drop(parent);
+    let kept = world.client().await.attach(&exec.session, 0, LIMIT).await.map_err(|e| e.1).expect("attached");
+    let outcome = collect(kept).await;
+    assert!(outcome.stdout.ends_with(b"end\n"), "the oldest is dropped, not the newest");
+    assert_eq!(outcome.exit.dropped + outcome.stdout.len() as u64, 3_000_004);
 }
 
 #[tokio::test]
@@ -729,6 +808,79 @@ async fn control() {
         let () = client.call(&request, LIMIT).await.expect("done");
     }
     until("shutting down", || *world.machine.0.lock().expect("lock") == ["grow", "shut down"]).await;
+}
+
+#[tokio::test]
+async fn only_volumes_are_mounted_and_only_below_mnt() {
+    let world = World::new();
+    let mut client = world.client().await;
+    let mount = |device: &str, path: &str| Mount {
+        device: device.to_owned(),
+        path: path.to_owned(),
+        read_only: false,
+    };
+    let good = [mount("vdb", "/mnt/data"), mount("vdz", "/mnt/more/of it")];
+    let () = client.call(&Request::Mount { mounts: good.to_vec() }, LIMIT).await.expect("mounted");
+    let bad_devices = ["", "vda", "vdB", "vd", "vdbc", "sdb", "/dev/vdb", "../vdb", "vd\0"];
+    let bad_paths = [
+        "",
+        "mnt/a",
+        "/mnt",
+        "/mnt/",
+        "/mnt//a",
+        "/mnt/a/",
+        "/mnt/./a",
+        "/mnt/../etc",
+        "/mnt/a/..",
+        "/etc",
+        "/mnta",
+        "/mnt/a\0",
+    ];
+    let bad = bad_devices.map(|device| mount(device, "/mnt/x"));
+    let bad = bad.into_iter().chain(bad_paths.map(|path| mount("vdc", path)));
+    let twice = [mount("vdb", "/mnt/x"), mount("vdx", "/mnt/data")];
+    for wrong in bad.chain(twice) {
+        let mounts = vec![good[0].clone(), wrong.clone()];
+        assert_eq!(
+            code(client.call::<()>(&Request::Mount { mounts }, LIMIT).await),
+            Code::Invalid,
+            "{wrong:?}"
+        );
+    }
+    assert_eq!(*world.machine.0.lock().expect("lock"), ["mount 2"]);
+}
+
+#[tokio::test]
+async fn a_request_may_come_along_with_the_greeting() {
+    let world = World::new();
+    let request = Request::Health {};
+    let (mut client, health): (_, Health) =
+        Client::greet_and_call(world.raw(), 7, &request, LIMIT).await.expect("both answers");
+    assert_eq!((client.hello.nonce, health.sessions), (7, 0));
+    let () = client.call(&Request::GrowRoot {}, LIMIT).await.expect("the connection goes on");
+    let missing = Request::Kill { session: id() };
+    assert_eq!(
+        code(Client::greet_and_call::<()>(world.raw(), 7, &missing, LIMIT).await.map(drop)),
+        Code::NotFound
+    );
+
+    // The agent also answers a host that waits for its greeting, and one that sends it in pieces.
+    let mut stream = world.raw();
+    let mut out = bytes::BytesMut::new();
+    encode(Kind::Hello, br#"{"proto":1,"nonce":7}"#, &mut out);
+    encode(Kind::Request, br#"{"op":"health"}"#, &mut out);
+    for piece in out.chunks(7) {
+        stream.write_all(piece).await.expect("written");
+        tokio::task::yield_now().await;
+    }
+    let (mut decoder, mut kinds) = (Decoder::new(), Vec::new());
+    while kinds.len() < 2 {
+        assert!(tokio::io::AsyncReadExt::read_buf(&mut stream, decoder.buffer()).await.expect("read") > 0);
+        while let Some(frame) = decoder.next_frame().expect("frames") {
+            kinds.push(frame.kind);
+        }
+    }
+    assert_eq!(kinds, [Kind::Hello, Kind::Done]);
 }
 
 #[tokio::test]

@@ -3,15 +3,18 @@
 //! Everything that comes back was written by a hostile guest: lengths are bounded by the decoder, JSON by its frame, and
 //! time by the limits given here. A client that returned an error other than [`ClientError::Guest`] is of no further use.
 
+mod exec;
+
 use std::{pin::Pin, task::Poll, time::Duration};
 
 use bytes::{Buf, Bytes, BytesMut};
 use serde::de::DeserializeOwned;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
+pub use self::exec::{ExecEvent, ExecStream};
 use crate::{
-    ACK_EVERY, CHUNK, Decoder, Entry, Exec, Exit, Failure, Frame, FrameError, Hello, Kind, PROTOCOL,
-    PROTOCOL_OLDEST, REPLAY_BYTES, Request, STDIN_WINDOW, Started, Written, encode, split_output,
+    CHUNK, Decoder, Entry, Exec, Failure, Frame, FrameError, Hello, Kind, PROTOCOL, PROTOCOL_OLDEST, Request,
+    Started, Written, encode,
 };
 
 /// Why a conversation ended.
@@ -53,69 +56,58 @@ pub struct Client<S> {
     pub hello: Hello,
 }
 
-/// What a session sends.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum ExecEvent {
-    /// Bytes of standard output.
-    Stdout(Bytes),
-    /// Bytes of standard error.
-    Stderr(Bytes),
-    /// The end; nothing follows.
-    Exit(Exit),
-}
-
-/// An attached session. `next` hands out output; `into_client` gives the idle connection back after the exit.
-#[derive(Debug)]
-pub struct ExecStream<S> {
-    client: Client<S>,
-    /// What the guest said at the start.
-    pub started: Started,
-    offset: u64,
-    acked: u64,
-    keep: u64,
-    ended: bool,
-    input: Input,
-}
-
-/// Unacknowledged bytes with which the host may wait: half of what an agent that is short of memory keeps of a session
-/// before it stops reading the program.
-const WAIT_WITH: u64 = 16 << 10;
-/// How long nothing may come before more than that is acknowledged although it was to be kept: the agent may be the one
-/// that waits.
-const QUIET: Duration = Duration::from_secs(1);
-
-/// Standard input on its way: what was given and not sent, and how much of what was sent is not taken yet.
-#[derive(Debug, Default)]
-struct Input {
-    queue: BytesMut,
-    end: bool,
-    sent: u64,
-    taken: u64,
-}
-
 impl<S: AsyncRead + AsyncWrite + Unpin + Send> Client<S> {
     /// Greets the agent. `nonce` should be random.
     pub async fn greet(stream: S, nonce: u64, limit: Duration) -> Result<Self, ClientError> {
-        let hello = Hello { proto: PROTOCOL, nonce, agent: String::new() };
-        let mut client = Self { stream, decoder: Decoder::new(), out: BytesMut::new(), hello: hello.clone() };
+        let mut client = Self::new(stream, nonce)?;
         within(limit, async {
-            client.send_json(Kind::Hello, &hello).await?;
-            let answer: Hello = match client.receive().await? {
-                Frame { kind: Kind::Hello, payload } => parse(&payload)?,
-                Frame { kind: Kind::Error, payload } => return Err(parse::<Failure>(&payload)?.into()),
-                other => return Err(unexpected(&other)),
-            };
-            if answer.nonce != nonce {
-                return Err(ClientError::Protocol("greeting of another time".into()));
-            }
-            if answer.proto < PROTOCOL_OLDEST {
-                return Err(ClientError::Protocol(format!("version {} is too old", answer.proto)));
-            }
-            client.hello = answer;
-            Ok(())
+            client.flush().await?;
+            client.greeted().await
         })
         .await?;
         Ok(client)
+    }
+
+    /// Greets the agent and asks for something in the same breath: a guest that was just restored wakes up once for it,
+    /// and not twice. The request must be one that may come again.
+    pub async fn greet_and_call<T: DeserializeOwned>(
+        stream: S,
+        nonce: u64,
+        request: &Request,
+        limit: Duration,
+    ) -> Result<(Self, T), ClientError> {
+        let mut client = Self::new(stream, nonce)?;
+        let answer = within(limit, async {
+            client.send_json(Kind::Request, request).await?;
+            client.greeted().await?;
+            client.done().await
+        });
+        let answer = answer.await?;
+        Ok((client, answer))
+    }
+
+    /// A client whose greeting waits to be sent.
+    fn new(stream: S, nonce: u64) -> Result<Self, ClientError> {
+        let hello = Hello { proto: PROTOCOL, nonce, agent: String::new() };
+        let mut client = Self { stream, decoder: Decoder::new(), out: BytesMut::new(), hello: hello.clone() };
+        client.push_json(Kind::Hello, &hello)?;
+        Ok(client)
+    }
+
+    async fn greeted(&mut self) -> Result<(), ClientError> {
+        let answer: Hello = match self.receive().await? {
+            Frame { kind: Kind::Hello, payload } => parse(&payload)?,
+            Frame { kind: Kind::Error, payload } => return Err(parse::<Failure>(&payload)?.into()),
+            other => return Err(unexpected(&other)),
+        };
+        if answer.nonce != self.hello.nonce {
+            return Err(ClientError::Protocol("greeting of another time".into()));
+        }
+        if answer.proto < PROTOCOL_OLDEST {
+            return Err(ClientError::Protocol(format!("version {} is too old", answer.proto)));
+        }
+        self.hello = answer;
+        Ok(())
     }
 
     /// A request whose answer is one `Done`.
@@ -138,7 +130,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Client<S> {
         limit: Duration,
     ) -> Result<ExecStream<S>, (Option<Self>, ClientError)> {
         match self.start(&Request::Exec(exec), limit).await {
-            Ok(started) => Ok(self.into_exec(started)),
+            Ok(started) => Ok(ExecStream::new(self, started)),
             Err(error @ ClientError::Guest(_)) => Err((Some(self), error)),
             Err(error) => Err((None, error)),
         }
@@ -153,7 +145,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Client<S> {
     ) -> Result<ExecStream<S>, (Option<Self>, ClientError)> {
         let request = Request::Attach { session: session.to_owned(), offset };
         match self.start(&request, limit).await {
-            Ok(started) => Ok(self.into_exec(started)),
+            Ok(started) => Ok(ExecStream::new(self, started)),
             Err(error @ ClientError::Guest(_)) => Err((Some(self), error)),
             Err(error) => Err((None, error)),
         }
@@ -251,12 +243,6 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Client<S> {
         .await
     }
 
-    fn into_exec(self, started: Started) -> ExecStream<S> {
-        let offset = started.offset;
-        let input = Input { sent: started.stdin, taken: started.stdin, ..Input::default() };
-        ExecStream { client: self, started, offset, acked: offset, keep: 0, ended: false, input }
-    }
-
     async fn ready<T: DeserializeOwned>(&mut self) -> Result<T, ClientError> {
         match self.receive().await? {
             Frame { kind: Kind::Ready, payload } => parse(&payload),
@@ -274,6 +260,11 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Client<S> {
     }
 
     async fn send_json<T: serde::Serialize>(&mut self, kind: Kind, message: &T) -> Result<(), ClientError> {
+        self.push_json(kind, message)?;
+        self.flush().await
+    }
+
+    fn push_json<T: serde::Serialize>(&mut self, kind: Kind, message: &T) -> Result<(), ClientError> {
         let payload =
             serde_json::to_vec(message).map_err(|error| ClientError::Protocol(error.to_string()))?;
         if payload.len() > crate::MAX_PAYLOAD {
@@ -281,7 +272,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Client<S> {
                 Failure { code: crate::Code::Invalid, message: "the request is over 1 MiB".into() }.into()
             );
         }
-        self.send(kind, &payload).await
+        encode(kind, &payload, &mut self.out);
+        Ok(())
     }
 
     /// Sends a frame after what is left of earlier ones: giving up half-way never tears a frame.
@@ -343,140 +335,6 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Client<S> {
                 return Err(ClientError::Lost(std::io::ErrorKind::UnexpectedEof.into()));
             }
         }
-    }
-}
-
-impl<S: AsyncRead + AsyncWrite + Unpin + Send> ExecStream<S> {
-    /// What comes next; sends queued standard input meanwhile. Cancel-safe.
-    pub async fn next(&mut self) -> Result<ExecEvent, ClientError> {
-        loop {
-            if self.offset - self.acked >= self.keep + ACK_EVERY {
-                self.ack(self.keep);
-            }
-            while let Some(frame) = self.client.decoder.next_frame()? {
-                match frame.kind {
-                    Kind::Stdout => return Ok(ExecEvent::Stdout(self.output(frame.payload)?)),
-                    Kind::Stderr => return Ok(ExecEvent::Stderr(self.output(frame.payload)?)),
-                    Kind::StdinTaken => self.taken(&frame.payload)?,
-                    Kind::Exit => {
-                        let exit = parse(&frame.payload)?;
-                        self.ended = true;
-                        return Ok(ExecEvent::Exit(exit));
-                    }
-                    Kind::Error => return Err(parse::<Failure>(&frame.payload)?.into()),
-                    _ => return Err(unexpected(&frame)),
-                }
-            }
-            if self.client.out.is_empty() {
-                self.input_frames();
-            }
-            let more = self.input_ready();
-            if self.offset - self.acked >= WAIT_WITH {
-                self.ack(self.keep);
-            }
-            if self.offset - self.acked <= WAIT_WITH {
-                self.client.exchange(more).await?;
-            } else if let Ok(exchanged) = tokio::time::timeout(QUIET, self.client.exchange(more)).await {
-                exchanged?;
-            } else {
-                self.ack(WAIT_WITH);
-            }
-        }
-    }
-
-    /// Leaves the last so many bytes unacknowledged, as far as the agent can keep them: whoever attaches again can have
-    /// them once more.
-    pub fn keep(&mut self, bytes: u64) {
-        self.keep = bytes.min(REPLAY_BYTES as u64 / 2);
-    }
-
-    /// Acknowledges all but the last `keep` bytes.
-    fn ack(&mut self, keep: u64) {
-        let to = self.offset.saturating_sub(keep);
-        if to > self.acked {
-            self.acked = to;
-            encode(Kind::Ack, &to.to_le_bytes(), &mut self.client.out);
-        }
-    }
-
-    /// Offset of the byte that comes next: where to attach again.
-    pub fn offset(&self) -> u64 {
-        self.offset
-    }
-
-    /// Queues bytes for the program's standard input. They travel while [`ExecStream::next`] is waited for, as the
-    /// program takes them; [`ExecStream::stdin_queued`] says how many wait.
-    pub fn stdin(&mut self, bytes: &[u8]) {
-        self.input.queue.extend_from_slice(bytes);
-    }
-
-    /// Ends standard input after what is queued.
-    pub fn stdin_end(&mut self) {
-        self.input.end = true;
-    }
-
-    /// Bytes of standard input that were not sent yet.
-    pub fn stdin_queued(&self) -> usize {
-        self.input.queue.len()
-    }
-
-    /// Sends a signal to every process of the session; 9 kills its whole cgroup.
-    pub async fn signal(&mut self, signal: u32) -> Result<(), ClientError> {
-        self.client.send(Kind::Signal, &signal.to_le_bytes()).await
-    }
-
-    /// Tells the size of the terminal.
-    pub async fn resize(&mut self, window: crate::Window) -> Result<(), ClientError> {
-        let mut payload = window.rows.to_le_bytes().to_vec();
-        payload.extend_from_slice(&window.cols.to_le_bytes());
-        self.client.send(Kind::Resize, &payload).await
-    }
-
-    /// The idle connection, once the exit has been received; `None` before.
-    pub fn into_client(self) -> Option<Client<S>> {
-        self.ended.then_some(self.client)
-    }
-
-    fn input_ready(&self) -> bool {
-        let Input { queue, end, sent, taken } = &self.input;
-        if queue.is_empty() { *end } else { sent.saturating_sub(*taken) < STDIN_WINDOW }
-    }
-
-    /// Encodes what the window allows, one frame at a time, so that an acknowledgement never waits long behind input.
-    fn input_frames(&mut self) {
-        if !self.input_ready() {
-            return;
-        }
-        let Input { queue, end, sent, taken } = &mut self.input;
-        let room = STDIN_WINDOW.saturating_sub(sent.saturating_sub(*taken));
-        let length = queue.len().min(CHUNK).min(room as usize);
-        if length > 0 {
-            encode(Kind::Stdin, &queue.split_to(length), &mut self.client.out);
-            *sent += length as u64;
-        }
-        if queue.is_empty() && *end {
-            *end = false;
-            encode(Kind::StdinEnd, &[], &mut self.client.out);
-        }
-    }
-
-    fn taken(&mut self, payload: &[u8]) -> Result<(), ClientError> {
-        let bytes = payload.try_into().map_err(|_| ClientError::Protocol("a count is 8 bytes".into()))?;
-        let taken = u64::from_le_bytes(bytes);
-        if taken > self.input.sent {
-            return Err(ClientError::Protocol("the program took input that was not sent".into()));
-        }
-        self.input.taken = self.input.taken.max(taken);
-        Ok(())
-    }
-
-    fn output(&mut self, payload: Bytes) -> Result<Bytes, ClientError> {
-        let (offset, bytes) = split_output(payload)?;
-        if offset < self.offset {
-            return Err(ClientError::Protocol("output goes backwards".into()));
-        }
-        self.offset = offset.saturating_add(bytes.len() as u64);
-        Ok(bytes)
     }
 }
 

@@ -16,6 +16,8 @@
 //!                                     Done, Exit or Error            the connection is idle again
 //! ```
 //!
+//! The first request need not wait for the guest's `Hello`.
+//!
 //! One activity at a time per connection, so the kernel gives flow control and cancellation. Only [`Request::Forward`]
 //! takes the connection for good: after its `Ready` the bytes are raw in both directions. While idle the guest ignores
 //! frames that belong to an activity that ended before they arrived (`Stdin`, `StdinEnd`, `Ack`, `Signal`, `Data`, `DataEnd`).
@@ -34,6 +36,10 @@
 //! in a buffer of [`REPLAY_BYTES`]: full means back-pressure while a host is attached, and dropping of the oldest bytes,
 //! counted, while none is. A lost connection leaves the session; [`Request::Attach`] goes on at an offset. What the host
 //! wants ended it ends with [`Request::Kill`] or [`Kind::Signal`].
+//!
+//! Sessions outlive captures. In the guest that was captured and in one that woke ([`Identity::unique`] absent) they wait
+//! for their hosts [`ORPHAN_SECONDS`] of guest time from then on. In a copy (`unique` present) those that run are
+//! detached from then on: anybody may attach, nobody has to.
 //!
 //! Standard input has a window: the host has at most [`STDIN_WINDOW`] bytes on the way that [`Kind::StdinTaken`] has not
 //! reported. So the guest never has to stop reading a connection, and acknowledgements and signals always get through.

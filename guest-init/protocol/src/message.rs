@@ -74,7 +74,7 @@ pub enum Request {
         /// TCP port.
         port: u16,
     },
-    /// Writes everything dirty to the disks. Answer: `Done`.
+    /// Writes everything dirty to the disks. Answer: `Done`; `Error` `busy` after 50 seconds.
     Sync {},
     /// Grows the root file system to its disk. Answer: `Done`.
     GrowRoot {},

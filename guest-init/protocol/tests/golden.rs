@@ -120,6 +120,12 @@ fn requests() {
     json(&Request::Forward { port: 80 }, r#"{"op":"forward","port":80}"#);
     json(&Request::Sync {}, r#"{"op":"sync"}"#);
     json(&Request::GrowRoot {}, r#"{"op":"grow_root"}"#);
+    let volume = Mount { device: "vdb".into(), path: "/mnt/v".into(), read_only: true };
+    json(
+        &Request::Mount { mounts: vec![volume.clone()] },
+        r#"{"op":"mount","mounts":[{"device":"vdb","path":"/mnt/v","read_only":true}]}"#,
+    );
+    reads(r#"{"device":"vdb","path":"/mnt/v"}"#, &Mount { read_only: false, ..volume });
     json(&Request::Health {}, r#"{"op":"health"}"#);
     json(&Request::Shutdown {}, r#"{"op":"shutdown"}"#);
     reads(r#"{"op":"health","later":1}"#, &Request::Health {});

@@ -6,7 +6,7 @@ use std::{io, sync::Arc, time::Duration};
 
 use pandastack_protocol::{
     CHUNK, Code, Exec, Failure, Frame, Health, Hello, Kind, PROTOCOL, PROTOCOL_OLDEST, Request, Sessions,
-    Started, Window, Written, output_payload,
+    Started, Window, output_payload,
 };
 use tokio::io::{AsyncRead, AsyncWrite};
 
@@ -14,14 +14,13 @@ use super::{
     Agent, delete, files, forward,
     replay::Stream,
     session::{Next, Order, Session},
+    transfer, volumes,
     wire::Wire,
-    write::{self, Writer},
+    write,
 };
 
 /// A connection that has not greeted by then is closed.
 const GREETING: Duration = Duration::from_secs(10);
-/// Bytes that one visit to the file system reads or writes.
-const VISIT: usize = 4 * CHUNK;
 
 /// Serves a connection to its end. The error says why it ended; the other side going away is one, too.
 pub async fn serve<S>(stream: S, agent: Arc<Agent>) -> io::Result<()>
@@ -31,7 +30,7 @@ where
     let mut wire = Wire::new(stream);
     tokio::time::timeout(GREETING, greet(&mut wire)).await??;
     loop {
-        let Frame { kind, payload } = wire.incoming.next().await?;
+        let Frame { kind, payload } = wire.next_request().await?;
         match kind {
             Kind::Request => {}
             // What belonged to an activity that ended before it came.
@@ -64,12 +63,8 @@ where
                 Err(failure) => wire.answer::<()>(Err(failure)).await?,
             },
             Request::Shutdown {} => {
-                blocking(|| {
-                    write::sync();
-                    Ok(())
-                })
-                .await
-                .ok();
+                // Its failure is no reason to live on.
+                agent.disks.sync().await.ok();
                 wire.answer(Ok(())).await?;
                 wire.outgoing.flush().await?;
                 if let Err(failure) = agent.machine.shut_down() {
@@ -93,11 +88,12 @@ async fn greet<S: AsyncRead + AsyncWrite>(wire: &mut Wire<S>) -> io::Result<()> 
         return Err(io::ErrorKind::Unsupported.into());
     }
     let answer = Hello { proto: PROTOCOL, nonce: hello.nonce, agent: env!("CARGO_PKG_VERSION").to_owned() };
-    wire.send(Kind::Hello, &answer).await
+    // It goes out with the answer to a request that came along with the greeting.
+    wire.outgoing.push_json(Kind::Hello, &answer)
 }
 
 /// A frame where it has no business: there is no way on.
-async fn wrong<S: AsyncRead + AsyncWrite>(wire: &mut Wire<S>, kind: Kind) -> io::Result<()> {
+pub async fn wrong<S: AsyncRead + AsyncWrite>(wire: &mut Wire<S>, kind: Kind) -> io::Result<()> {
     let message = format!("{kind:?} was not expected here");
     wire.answer::<()>(Err(Failure { code: Code::Invalid, message })).await?;
     Err(io::ErrorKind::InvalidData.into())
@@ -109,7 +105,7 @@ fn misunderstood(payload: &[u8], error: &serde_json::Error) -> Failure {
     struct Named {
         op: String,
     }
-    const KNOWN: [&str; 15] = [
+    const KNOWN: [&str; 16] = [
         "identity",
         "exec",
         "attach",
@@ -123,6 +119,7 @@ fn misunderstood(payload: &[u8], error: &serde_json::Error) -> Failure {
         "forward",
         "sync",
         "grow_root",
+        "mount",
         "health",
         "shutdown",
     ];
@@ -156,9 +153,9 @@ where
             let result = agent.sessions.find(&session).map(|session| session.kill());
             wire.answer(result).await
         }
-        Request::ReadFile { path } => read_file(wire, path).await,
-        Request::WriteFile { path, size, mode } => write_file(wire, path, size, mode).await,
-        Request::List { path } => list(wire, path).await,
+        Request::ReadFile { path } => transfer::read_file(wire, path).await,
+        Request::WriteFile { path, size, mode } => transfer::write_file(wire, path, size, mode).await,
+        Request::List { path } => transfer::list(wire, path).await,
         Request::Stat { path } => {
             let result = blocking(move || files::stat(&files::checked(&path)?)).await;
             wire.answer(result).await
@@ -168,20 +165,25 @@ where
             wire.answer(result).await
         }
         Request::Identity(identity) => {
-            let result = agent.identify(identity).await;
+            let result = agent.identify(identity);
             wire.answer(result).await
         }
         Request::Sync {} => {
-            let result = blocking(|| {
-                write::sync();
-                Ok(())
-            });
-            let result = result.await;
+            let result = agent.disks.sync().await;
             wire.answer(result).await
         }
         Request::GrowRoot {} => {
             let agent = agent.clone();
             let result = blocking(move || agent.machine.grow_root()).await;
+            wire.answer(result).await
+        }
+        Request::Mount { mounts } => {
+            let agent = agent.clone();
+            let result = blocking(move || {
+                volumes::check(&mounts)?;
+                agent.machine.mount(&mounts)
+            });
+            let result = result.await;
             wire.answer(result).await
         }
         Request::Health {} => {
@@ -304,98 +306,6 @@ fn passed_on(session: &Session, frame: &Frame) -> bool {
         _ => return false,
     }
     true
-}
-
-async fn read_file<S: AsyncRead + AsyncWrite>(wire: &mut Wire<S>, path: String) -> io::Result<()> {
-    let opened = blocking(move || {
-        let path = files::checked(&path)?;
-        files::open(&path).map(|(file, entry)| (file, entry, path))
-    });
-    let (mut file, entry, path) = match opened.await {
-        Ok(opened) => opened,
-        Err(failure) => return wire.answer::<()>(Err(failure)).await,
-    };
-    wire.outgoing.push_json(Kind::Ready, &entry)?;
-    let mut path = path;
-    loop {
-        let visit = blocking(move || match files::read(&mut file, VISIT) {
-            Ok(bytes) => Ok((bytes, file, path)),
-            Err(error) => Err(files::failure(&path, &error)),
-        });
-        let bytes;
-        (bytes, file, path) = match visit.await {
-            Ok(visited) => visited,
-            Err(failure) => return wire.answer::<()>(Err(failure)).await,
-        };
-        for chunk in bytes.chunks(CHUNK) {
-            wire.outgoing.push(Kind::Data, chunk);
-        }
-        if bytes.len() < VISIT {
-            return wire.answer(Ok(())).await;
-        }
-        wire.outgoing.flush().await?;
-    }
-}
-
-async fn write_file<S>(wire: &mut Wire<S>, path: String, size: u64, mode: u32) -> io::Result<()>
-where
-    S: AsyncRead + AsyncWrite,
-{
-    let created = blocking(move || Writer::create(&files::checked(&path)?, size, mode));
-    let mut writer = match created.await {
-        Ok(writer) => writer,
-        Err(failure) => return wire.answer::<()>(Err(failure)).await,
-    };
-    wire.send(Kind::Ready, &()).await?;
-    let mut gathered = Vec::new();
-    loop {
-        let Frame { kind, payload } = wire.incoming.next().await?;
-        match kind {
-            Kind::Data => gathered.extend_from_slice(&payload),
-            Kind::DataEnd => {
-                let end = blocking(move || {
-                    writer.write(&gathered)?;
-                    writer.finish()
-                });
-                let written = end.await.map(|bytes| Written { bytes });
-                return wire.answer(written).await;
-            }
-            Kind::Stdin | Kind::StdinEnd | Kind::Ack | Kind::Signal | Kind::Resize => {}
-            other => return wrong(wire, other).await,
-        }
-        if gathered.len() >= VISIT {
-            let visit = blocking(move || {
-                writer.write(&gathered)?;
-                gathered.clear();
-                Ok((writer, gathered))
-            });
-            (writer, gathered) = match visit.await {
-                Ok(visited) => visited,
-                Err(failure) => return wire.answer::<()>(Err(failure)).await,
-            };
-        }
-    }
-}
-
-async fn list<S: AsyncRead + AsyncWrite>(wire: &mut Wire<S>, path: String) -> io::Result<()> {
-    let opened = blocking(move || files::Listing::open(&files::checked(&path)?));
-    let mut listing = match opened.await {
-        Ok(listing) => listing,
-        Err(failure) => return wire.answer::<()>(Err(failure)).await,
-    };
-    loop {
-        let visit = blocking(move || Ok((listing.page(), listing)));
-        let page;
-        (page, listing) = match visit.await {
-            Ok(visited) => visited,
-            Err(failure) => return wire.answer::<()>(Err(failure)).await,
-        };
-        if page.is_empty() {
-            return wire.answer(Ok(())).await;
-        }
-        wire.outgoing.push_json(Kind::Data, &page)?;
-        wire.outgoing.flush().await?;
-    }
 }
 
 async fn health(agent: &Agent) -> Result<Health, Failure> {

@@ -1,10 +1,11 @@
 //! What the agent does to the machine as a whole, behind a trait: tests have no business setting clocks.
 
 use std::{
-    fs::{self, File},
+    fs::File,
     io,
     os::fd::AsRawFd,
     path::Path,
+    sync::{Mutex, PoisonError},
     time::Duration,
 };
 
@@ -17,56 +18,100 @@ use nix::{
     time::{ClockId, clock_settime},
     unistd::Pid,
 };
-use pandastack_protocol::{Code, Defaults, Failure, Identity, Unique};
+use pandastack_protocol::{Code, Defaults, Failure, Identity, Mount, Unique};
 
-use crate::{identity_files, layout::IDENTITY};
+use super::{ext4, volumes};
+use crate::identity_files::{self, Copies, Names};
 
-/// Effects on the whole machine. All of them block.
+/// Effects on the whole machine.
 pub trait Machine: Send + Sync + 'static {
-    /// Makes the guest what `identity` says. An error means that it must not be handed out.
+    /// Makes the guest what `identity` says, defaults excepted. An error means that it must not be handed out. Short: it
+    /// runs on the agent's own thread, because another one costs a restored guest more than all of this. If a user has
+    /// made it hang, the guest is not handed out either.
     fn identify(&self, identity: &Identity) -> Result<(), Failure>;
-    /// Grows the root file system to its disk.
+    /// Keeps defaults for an agent that is started again. Short, too.
+    fn remember_defaults(&self, defaults: &Defaults);
+    /// The defaults that were kept last.
+    fn remembered_defaults(&self) -> Defaults;
+    /// Grows the root file system to its disk. Blocks.
     fn grow_root(&self) -> Result<(), Failure>;
+    /// Mounts volumes, all or none. Blocks.
+    fn mount(&self, mounts: &[Mount]) -> Result<(), Failure>;
     /// Asks init to end the machine.
     fn shut_down(&self) -> Result<(), Failure>;
-    /// The defaults that the last identity brought, from before this agent started.
-    fn remembered_defaults(&self) -> Defaults;
 }
 
-/// The guest that this process is the agent of.
-#[derive(Debug, Default)]
-pub struct Guest;
+/// The guest that this process is the agent of, with everything open that an identity needs.
+#[derive(Debug)]
+pub struct Guest {
+    random: File,
+    /// Absent until they are mended, where init could not make them.
+    copies: Mutex<Option<Copies>>,
+}
+
+impl Guest {
+    /// Opens the random device, which every guest has, and the identity files.
+    pub fn open() -> io::Result<Self> {
+        let copies = Copies::open().inspect_err(|error| eprintln!("panda-agent: identity files: {error}"));
+        Ok(Self { random: File::open("/dev/urandom")?, copies: Mutex::new(copies.ok()) })
+    }
+
+    /// Writes every identity file and makes sure that programs see it. What a user unmounted, filled or removed is
+    /// mounted afresh once.
+    fn become_unique(&self, unique: &Unique) -> io::Result<()> {
+        let Unique { machine_id, boot_id, hostname, .. } = unique;
+        let names = Names { machine_id, boot_id, hostname };
+        let mut copies = self.copies.lock().unwrap_or_else(PoisonError::into_inner);
+        if copies.as_mut().is_some_and(|copies| copies.write(names).is_ok()) {
+            return Ok(());
+        }
+        identity_files::install()?;
+        copies.insert(Copies::open()?).write(names)
+    }
+}
 
 impl Machine for Guest {
     fn identify(&self, identity: &Identity) -> Result<(), Failure> {
-        // The pool comes first, so that nothing random is made of what another guest has, too.
-        add_entropy(&decode_hex(&identity.entropy)?).map_err(step("adding entropy"))?;
-        set_clock(identity.unix_nanos).map_err(step("setting the clock"))?;
+        let pool = Pool::parse(&identity.entropy)?;
         if let Some(unique) = &identity.unique {
             check(unique)?;
-            become_unique(unique)?;
         }
-        if let Some(defaults) = &identity.defaults {
-            let text = serde_json::to_vec(defaults)
+        // The pool comes first, so that nothing random is made of what another guest has, too.
+        pool.add_to(&self.random).map_err(step("adding entropy"))?;
+        set_clock(identity.unix_nanos).map_err(step("setting the clock"))?;
+        if let Some(unique) = &identity.unique {
+            nix::unistd::sethostname(&unique.hostname)
                 .map_err(io::Error::from)
-                .map_err(step("keeping the defaults"))?;
-            // Only for an agent that is started again; this one has them in memory.
-            let _ = identity_files::write_in_place(&Path::new(IDENTITY).join("defaults"), &text);
+                .map_err(step("setting the host name"))?;
+            self.become_unique(unique).map_err(step("writing the identity files"))?;
         }
         Ok(())
     }
 
+    fn remember_defaults(&self, defaults: &Defaults) {
+        let kept = serde_json::to_vec(defaults)
+            .map_err(io::Error::from)
+            .and_then(|text| identity_files::remember_defaults(&text));
+        if let Err(error) = kept {
+            eprintln!("panda-agent: keeping the defaults: {error}");
+        }
+    }
+
+    fn remembered_defaults(&self) -> Defaults {
+        let text = identity_files::remembered_defaults();
+        text.ok().and_then(|text| serde_json::from_slice(&text).ok()).unwrap_or_default()
+    }
+
     fn grow_root(&self) -> Result<(), Failure> {
-        grow(Path::new("/")).map_err(step("growing the root file system"))
+        ext4::grow(Path::new("/")).map_err(step("growing the root file system"))
+    }
+
+    fn mount(&self, mounts: &[Mount]) -> Result<(), Failure> {
+        volumes::mount_all(mounts)
     }
 
     fn shut_down(&self) -> Result<(), Failure> {
         kill(Pid::from_raw(1), Signal::SIGTERM).map_err(io::Error::from).map_err(step("asking init"))
-    }
-
-    fn remembered_defaults(&self) -> Defaults {
-        let text = identity_files::read_bounded(&Path::new(IDENTITY).join("defaults"));
-        text.ok().and_then(|text| serde_json::from_slice(&text).ok()).unwrap_or_default()
     }
 }
 
@@ -78,23 +123,52 @@ fn invalid(message: &str) -> Failure {
     Failure { code: Code::Invalid, message: message.to_owned() }
 }
 
-/// Bytes of hexadecimal text, 32 to 512 of them.
-fn decode_hex(text: &str) -> Result<Vec<u8>, Failure> {
-    let digits: Option<Vec<u8>> =
-        text.chars().map(|digit| digit.to_digit(16).map(|digit| digit as u8)).collect();
-    let digits = digits.filter(|digits| digits.len() % 2 == 0 && (64..=1024).contains(&digits.len()));
-    let digits = digits.ok_or_else(|| invalid("entropy is 32 to 512 bytes in hexadecimal"))?;
-    Ok(digits.chunks_exact(2).map(|pair| pair[0] << 4 | pair[1]).collect())
+/// The kernel's `rand_pool_info`: random bytes, and how many bits of them count.
+#[repr(C)]
+#[derive(Debug)]
+struct Pool {
+    bits: libc::c_int,
+    size: libc::c_int,
+    bytes: [u8; 512],
+}
+
+impl Pool {
+    /// Reads 32 to 512 bytes of hexadecimal text.
+    fn parse(text: &str) -> Result<Self, Failure> {
+        let refused = || invalid("entropy is 32 to 512 bytes in hexadecimal");
+        if !text.len().is_multiple_of(2) || !(64..=1024).contains(&text.len()) {
+            return Err(refused());
+        }
+        let size = text.len() as libc::c_int / 2;
+        let mut pool = Self { bits: size * 8, size, bytes: [0; 512] };
+        let digit = |byte: u8| char::from(byte).to_digit(16).ok_or_else(refused);
+        for (byte, pair) in pool.bytes.iter_mut().zip(text.as_bytes().chunks_exact(2)) {
+            *byte = (digit(pair[0])? << 4 | digit(pair[1])?) as u8;
+        }
+        Ok(pool)
+    }
+
+    /// Makes everything that the kernel draws from now on depend on it.
+    fn add_to(&self, random: &File) -> io::Result<()> {
+        const RNDADDENTROPY: libc::c_ulong = 0x4008_5203;
+        const RNDRESEEDCRNG: libc::c_ulong = 0x5207;
+        // SAFETY: RNDADDENTROPY reads a rand_pool_info with `size` bytes, and `self` is one with room for 512.
+        if unsafe { libc::ioctl(random.as_raw_fd(), RNDADDENTROPY, self) } < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // SAFETY: RNDRESEEDCRNG takes no argument.
+        let reseeded = unsafe { libc::ioctl(random.as_raw_fd(), RNDRESEEDCRNG) };
+        if reseeded < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+    }
 }
 
 fn check(unique: &Unique) -> Result<(), Failure> {
-    let hex = |text: &str| text.bytes().all(|byte| byte.is_ascii_digit() || (b'a'..=b'f').contains(&byte));
-    if unique.machine_id.len() != 32 || !hex(&unique.machine_id) {
+    let hex = |byte: u8| byte.is_ascii_digit() || (b'a'..=b'f').contains(&byte);
+    if unique.machine_id.len() != 32 || !unique.machine_id.bytes().all(hex) {
         return Err(invalid("a machine id is 32 hexadecimal digits"));
     }
-    let parts: Vec<&str> = unique.boot_id.split('-').collect();
-    let lengths: Vec<usize> = parts.iter().map(|part| part.len()).collect();
-    if lengths != [8, 4, 4, 4, 12] || !parts.iter().all(|part| hex(part)) {
+    let uuid = |(at, byte)| if matches!(at, 8 | 13 | 18 | 23) { byte == b'-' } else { hex(byte) };
+    if unique.boot_id.len() != 36 || !unique.boot_id.bytes().enumerate().all(uuid) {
         return Err(invalid("a boot id is a UUID in lower case"));
     }
     let label = |text: &str| {
@@ -109,85 +183,9 @@ fn check(unique: &Unique) -> Result<(), Failure> {
     Ok(())
 }
 
-fn add_entropy(bytes: &[u8]) -> io::Result<()> {
-    const RNDADDENTROPY: libc::c_ulong = 0x4008_5203;
-    const RNDRESEEDCRNG: libc::c_ulong = 0x5207;
-    #[repr(C)]
-    struct Pool {
-        bits: libc::c_int,
-        size: libc::c_int,
-        bytes: [u8; 512],
-    }
-    let mut pool = Pool { bits: bytes.len() as i32 * 8, size: bytes.len() as i32, bytes: [0; 512] };
-    pool.bytes[..bytes.len()].copy_from_slice(bytes);
-    let device = File::open("/dev/urandom")?;
-    // SAFETY: the first call reads a rand_pool_info with `size` bytes, which `pool` is; the second takes nothing.
-    let results = unsafe {
-        [
-            libc::ioctl(device.as_raw_fd(), RNDADDENTROPY, &pool),
-            libc::ioctl(device.as_raw_fd(), RNDRESEEDCRNG),
-        ]
-    };
-    if results.contains(&-1) { Err(io::Error::last_os_error()) } else { Ok(()) }
-}
-
 fn set_clock(unix_nanos: u64) -> io::Result<()> {
     let time = TimeSpec::from_duration(Duration::from_nanos(unix_nanos));
     Ok(clock_settime(ClockId::CLOCK_REALTIME, time)?)
-}
-
-/// Writes every identity file and looks at the result where programs look. What a user unmounted, filled or removed is
-/// mounted afresh once.
-fn become_unique(unique: &Unique) -> Result<(), Failure> {
-    nix::unistd::sethostname(&unique.hostname)
-        .map_err(io::Error::from)
-        .map_err(step("setting the host name"))?;
-    let old_hosts = identity_files::read_bounded(Path::new("/etc/hosts")).unwrap_or_default();
-    let hosts = identity_files::hosts(&String::from_utf8_lossy(&old_hosts), &unique.hostname);
-    let contents = [
-        ("machine-id", format!("{}\n", unique.machine_id)),
-        ("hostname", format!("{}\n", unique.hostname)),
-        ("hosts", hosts),
-        ("boot_id", format!("{}\n", unique.boot_id)),
-    ];
-    let write = || -> io::Result<()> {
-        for (bound, (name, content)) in identity_files::BOUND.iter().zip(&contents) {
-            debug_assert_eq!(bound.name, *name);
-            identity_files::write_in_place(&identity_files::source(bound), content.as_bytes())?;
-            if identity_files::read_bounded(Path::new(bound.target))? != content.as_bytes() {
-                return Err(io::Error::other(format!("{} is not ours", bound.target)));
-            }
-        }
-        identity_files::write_in_place(&Path::new(IDENTITY).join("sandbox"), unique.sandbox.as_bytes())
-    };
-    write()
-        .or_else(|_| identity_files::install().and_then(|()| write()))
-        .map_err(step("writing the identity files"))
-}
-
-/// Grows a mounted ext4 to the size of its block device.
-fn grow(mount_point: &Path) -> io::Result<()> {
-    const EXT4_IOC_RESIZE_FS: libc::c_ulong = 0x4008_6610;
-    const BLKGETSIZE64: libc::c_ulong = 0x8008_1272;
-    use std::os::unix::fs::MetadataExt;
-    let root = File::open(mount_point)?;
-    let metadata = root.metadata()?;
-    let (major, minor) = (libc::major(metadata.dev()), libc::minor(metadata.dev()));
-    let uevent = fs::read_to_string(format!("/sys/dev/block/{major}:{minor}/uevent"))?;
-    let name = uevent.lines().find_map(|line| line.strip_prefix("DEVNAME="));
-    let name = name.ok_or_else(|| io::Error::other("the disk has no name"))?;
-    let device = File::open(Path::new("/dev").join(name))?;
-    let mut bytes: u64 = 0;
-    // SAFETY: BLKGETSIZE64 writes a u64, which outlives the call.
-    if unsafe { libc::ioctl(device.as_raw_fd(), BLKGETSIZE64, &mut bytes) } < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    let blocks = bytes / metadata.blksize().max(1024);
-    // SAFETY: EXT4_IOC_RESIZE_FS reads a u64, which outlives the call.
-    if unsafe { libc::ioctl(root.as_raw_fd(), EXT4_IOC_RESIZE_FS, &blocks) } < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    Ok(())
 }
 
 #[cfg(test)]
@@ -196,9 +194,12 @@ mod tests {
 
     #[test]
     fn entropy_is_hexadecimal_and_bounded() {
-        assert_eq!(decode_hex(&"0fA0".repeat(16)).expect("32 bytes"), [0x0f, 0xa0].repeat(16));
+        let pool = Pool::parse(&"0fA0".repeat(16)).expect("32 bytes");
+        assert_eq!((pool.bits, pool.size), (256, 32));
+        assert_eq!((&pool.bytes[..32], &pool.bytes[32..]), (&[0x0f, 0xa0].repeat(16)[..], &[0; 480][..]));
+        assert_eq!(Pool::parse(&"ff".repeat(512)).expect("512 bytes").bytes, [0xff; 512]);
         for bad in ["", "00", &"0".repeat(65), &"xy".repeat(32), &"é".repeat(64), &"00".repeat(513)] {
-            assert_eq!(decode_hex(bad).expect_err(bad).code, Code::Invalid);
+            assert_eq!(Pool::parse(bad).expect_err(bad).code, Code::Invalid);
         }
     }
 

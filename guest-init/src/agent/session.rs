@@ -5,45 +5,22 @@
 
 use std::{
     collections::VecDeque,
-    sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicUsize, Ordering},
-    },
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
 use bytes::Bytes;
-use pandastack_protocol::{Exec, Exit, ORPHAN_SECONDS, REPLAY_BYTES, STDIN_WINDOW, SessionInfo, Window};
+use pandastack_protocol::{Exec, Exit, ORPHAN_SECONDS, STDIN_WINDOW, SessionInfo, Window};
 use tokio::{
     sync::{Notify, watch},
     time::Instant,
 };
 
 use super::{
+    budget::Budget,
     cgroup::Group,
     replay::{Replay, Stream},
 };
-
-/// Memory for the unacknowledged output of all sessions; a session over its guaranteed part gets no more beyond it.
-const REPLAY_BUDGET: usize = 24 << 20;
-/// What a session may always keep.
-const REPLAY_LEAST: usize = 32 << 10;
-
-/// Memory that all replay buffers use together.
-#[derive(Debug, Default)]
-pub struct Budget(AtomicUsize);
-
-impl Budget {
-    fn capacity(&self, own: usize) -> usize {
-        let others = self.0.load(Ordering::Relaxed).saturating_sub(own);
-        REPLAY_BUDGET.saturating_sub(others).clamp(REPLAY_LEAST, REPLAY_BYTES)
-    }
-
-    fn change(&self, before: usize, after: usize) {
-        self.0.fetch_add(after, Ordering::Relaxed);
-        self.0.fetch_sub(before, Ordering::Relaxed);
-    }
-}
 
 /// What the host asked of a running program, for its driver.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -61,8 +38,6 @@ pub struct Session {
     pub id: String,
     /// Process id, 0 for a program that could not be run.
     pub pid: u32,
-    /// Runs on without a host.
-    pub detached: bool,
     command: String,
     started_unix: u64,
     started: Instant,
@@ -78,6 +53,8 @@ struct State {
     exit: Option<(Exit, Instant)>,
     group: Option<Arc<Group>>,
     attachment: u64,
+    /// Runs on without a host.
+    detached: bool,
     /// Since when nobody is attached.
     orphaned: Option<Instant>,
     stdin: Stdin,
@@ -121,6 +98,7 @@ impl Session {
             exit: None,
             group: group.map(Arc::new),
             attachment: 0,
+            detached: exec.detach,
             orphaned: Some(Instant::now()),
             stdin: Stdin::default(),
             orders: VecDeque::new(),
@@ -128,7 +106,6 @@ impl Session {
         Arc::new(Self {
             id: exec.session.clone(),
             pid,
-            detached: exec.detach,
             command,
             started_unix: unix,
             started: Instant::now(),
@@ -178,6 +155,35 @@ impl Session {
             drop(state);
             self.wake.notify_one();
         }
+    }
+
+    /// The guest is a copy, and no host comes back for this session here: if it runs, it runs on as a detached one, and
+    /// whoever seemed to be attached holds up its output no longer.
+    pub fn abandon(&self) {
+        let mut state = self.lock();
+        if state.exit.is_some() {
+            return;
+        }
+        state.detached = true;
+        state.attachment += 1;
+        state.orphaned = Some(Instant::now());
+        drop(state);
+        self.changed.send_replace(());
+        self.wake.notify_one();
+    }
+
+    /// The guest slept: a host that had lost its session before gets the whole grace again, because it may have tried
+    /// for all that time.
+    pub fn renew_grace(&self) {
+        if let Some(since) = &mut self.lock().orphaned {
+            *since = Instant::now();
+        }
+        self.wake.notify_one();
+    }
+
+    /// Whether it runs on without a host.
+    pub fn is_detached(&self) -> bool {
+        self.lock().detached
     }
 
     /// Changes from now on.
@@ -270,7 +276,7 @@ impl Session {
             command: self.command.clone(),
             pid: self.pid,
             started: self.started_unix,
-            detached: self.detached,
+            detached: state.detached,
             exit: state.exit.map(|(exit, _)| exit),
             output_bytes: state.replay.end(),
         }
@@ -337,9 +343,13 @@ impl Session {
     }
 
     /// When a session that nobody is attached to, and that is not detached, is to be killed.
+    ///
+    /// A capture breaks every connection, and the guest learns of it when it runs again: where it was captured right
+    /// after the pause, where it was hibernated after the wake. Its monotonic clock stands still in between, so however
+    /// long it slept, the grace begins when a host can come back at the earliest, and is whole.
     pub fn orphan_deadline(&self) -> Option<Instant> {
         let state = self.lock();
-        let since = state.orphaned.filter(|_| !self.detached && state.exit.is_none())?;
+        let since = state.orphaned.filter(|_| !state.detached && state.exit.is_none())?;
         Some(since + Duration::from_secs(ORPHAN_SECONDS))
     }
 
@@ -377,3 +387,7 @@ impl Drop for Session {
         self.budget.change(weight, 0);
     }
 }
+
+#[cfg(test)]
+#[path = "session_tests.rs"]
+mod tests;

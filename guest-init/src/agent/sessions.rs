@@ -11,11 +11,12 @@ use pandastack_protocol::{Code, Defaults, Exec, Exit, Failure, SessionInfo};
 use tokio::{sync::watch, time::Instant};
 
 use super::{
+    budget::Budget,
     cgroup::Cgroups,
     driver,
     exec::{self, Start},
     replay::Stream,
-    session::{Budget, Session},
+    session::Session,
 };
 
 /// Sessions that run at once.
@@ -37,8 +38,13 @@ pub struct Sessions {
 
 #[derive(Debug, Clone)]
 enum Slot {
-    /// Closed when it is decided.
-    Starting(watch::Receiver<()>),
+    /// On its way.
+    Starting {
+        /// Closed when it is decided.
+        decided: watch::Receiver<()>,
+        /// The guest became another one meanwhile.
+        abandoned: bool,
+    },
     There(Arc<Session>),
 }
 
@@ -63,7 +69,7 @@ impl Sessions {
                 let mut table = self.lock();
                 match table.get(&id) {
                     Some(Slot::There(session)) => return Ok(session.clone()),
-                    Some(Slot::Starting(starting)) => starting.clone(),
+                    Some(Slot::Starting { decided, .. }) => decided.clone(),
                     None => {
                         sweep(&mut table);
                         let running = table.values().filter(|slot| slot.runs()).count();
@@ -71,7 +77,8 @@ impl Sessions {
                             return Err(failure(Code::Busy, "too many sessions"));
                         }
                         let (decided, starting) = watch::channel(());
-                        table.insert(id.clone(), Slot::Starting(starting));
+                        let slot = Slot::Starting { decided: starting, abandoned: false };
+                        table.insert(id.clone(), slot);
                         break Decided { sessions: self, id: &id, _decided: decided };
                     }
                 }
@@ -80,7 +87,10 @@ impl Sessions {
             let _ = starting.changed().await;
         };
         let session = self.run(exec, defaults).await?;
-        self.lock().insert(id.clone(), Slot::There(session.clone()));
+        let reserved = self.lock().insert(id.clone(), Slot::There(session.clone()));
+        if matches!(reserved, Some(Slot::Starting { abandoned: true, .. })) {
+            session.abandon();
+        }
         drop(decided);
         Ok(session)
     }
@@ -137,6 +147,21 @@ impl Sessions {
         self.lock().values().filter(|slot| slot.runs()).count()
     }
 
+    /// The guest is a copy of another one: what runs here was somebody else's, and runs on detached.
+    pub fn abandon(&self) {
+        for slot in self.lock().values_mut() {
+            match slot {
+                Slot::Starting { abandoned, .. } => *abandoned = true,
+                Slot::There(session) => session.abandon(),
+            }
+        }
+    }
+
+    /// The guest slept, and is still itself: hosts get time to come back for what runs.
+    pub fn renew_grace(&self) {
+        self.lock().values().filter_map(Slot::session).for_each(|session| session.renew_grace());
+    }
+
     /// Forgets what ended long ago.
     pub fn sweep(&self) {
         sweep(&mut self.lock());
@@ -146,7 +171,7 @@ impl Sessions {
 impl Slot {
     fn session(&self) -> Option<&Arc<Session>> {
         match self {
-            Self::Starting(_) => None,
+            Self::Starting { .. } => None,
             Self::There(session) => Some(session),
         }
     }
@@ -166,7 +191,7 @@ struct Decided<'a> {
 impl Drop for Decided<'_> {
     fn drop(&mut self) {
         let mut table = self.sessions.lock();
-        if matches!(table.get(self.id), Some(Slot::Starting(_))) {
+        if matches!(table.get(self.id), Some(Slot::Starting { .. })) {
             table.remove(self.id);
         }
     }
@@ -176,7 +201,7 @@ impl Drop for Decided<'_> {
 fn sweep(table: &mut HashMap<String, Slot>) {
     let now = Instant::now();
     table.retain(|_, slot| match slot.session().and_then(|session| Some((session, session.exit()?.1))) {
-        Some((session, ended)) => now < ended + if session.detached { KEEP_DETACHED } else { KEEP },
+        Some((session, ended)) => now < ended + if session.is_detached() { KEEP_DETACHED } else { KEEP },
         None => true,
     });
     while table.len() >= REMEMBERED {

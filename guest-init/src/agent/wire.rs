@@ -45,6 +45,15 @@ impl<S: AsyncRead + AsyncWrite> Wire<S> {
         (self.incoming.stream.unsplit(self.outgoing.stream), self.incoming.decoder.into_rest())
     }
 
+    /// The next frame; what waits to be sent goes out first if that one has to be waited for.
+    pub async fn next_request(&mut self) -> io::Result<Frame> {
+        if let Some(frame) = self.incoming.ready()? {
+            return Ok(frame);
+        }
+        self.outgoing.flush().await?;
+        self.incoming.next().await
+    }
+
     /// Sends one JSON frame.
     pub async fn send(&mut self, kind: Kind, message: &impl Serialize) -> io::Result<()> {
         self.outgoing.push_json(kind, message)?;
@@ -61,13 +70,16 @@ impl<S: AsyncRead + AsyncWrite> Wire<S> {
 }
 
 impl<S: AsyncRead> Incoming<S> {
+    /// A frame that is here already.
+    fn ready(&mut self) -> io::Result<Option<Frame>> {
+        self.decoder.next_frame().map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))
+    }
+
     /// The next frame; an error at the end of the stream and when what comes is not the protocol. Cancel-safe.
     pub async fn next(&mut self) -> io::Result<Frame> {
         loop {
-            match self.decoder.next_frame() {
-                Ok(Some(frame)) => return Ok(frame),
-                Ok(None) => {}
-                Err(error) => return Err(io::Error::new(io::ErrorKind::InvalidData, error)),
+            if let Some(frame) = self.ready()? {
+                return Ok(frame);
             }
             let buffer = self.decoder.buffer();
             buffer.reserve(16 << 10);

@@ -171,11 +171,6 @@ fn random() -> io::Result<u64> {
     if count == 8 { Ok(u64::from_ne_bytes(bytes)) } else { Err(io::Error::last_os_error()) }
 }
 
-/// Writes everything dirty to the disks.
-pub fn sync() {
-    nix::unistd::sync();
-}
-
 /// Free bytes of the root file system.
 pub fn root_free() -> io::Result<u64> {
     let space = fstatvfs(File::open("/")?.as_fd())?;
