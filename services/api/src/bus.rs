@@ -9,6 +9,8 @@ use crate::problem::never_sent;
 /// How long a daemon that is not on the bus may take to come back (a restart takes about a second).
 const AWAY_FOR: Duration = Duration::from_secs(6);
 const STEP: Duration = Duration::from_millis(150);
+/// How long a caller waits for a capture and what follows from it; the clients hang up after 180 s at the latest.
+pub const PATIENCE: Duration = Duration::from_secs(170);
 
 /// Repeats a call while its daemon is not on the bus, and once more when the connection to it was lost half-way. Only for
 /// calls that may be made twice.
@@ -18,6 +20,24 @@ where
     Fut: Future<Output = Result<T>>,
 {
     again_knowing(&mut call).await.map(|(value, _)| value)
+}
+
+/// As [`again`], and as often as no reply comes in time, for so long. For what may take longer than the bus waits, and goes
+/// on with what is under way when it is asked for again.
+pub async fn patiently<T, F, Fut>(patience: Duration, mut call: F) -> Result<T>
+where
+    F: FnMut() -> Fut,
+    Fut: Future<Output = Result<T>>,
+{
+    let end = tokio::time::Instant::now() + patience;
+    loop {
+        match again(&mut call).await {
+            Err(Error::Bus(error)) if !never_sent(&error) && tokio::time::Instant::now() < end => {
+                tokio::time::sleep(STEP).await;
+            }
+            other => return other,
+        }
+    }
 }
 
 /// As [`again`]; the second value says whether an earlier attempt may have had its effect.
@@ -77,6 +97,27 @@ mod tests {
             }
         });
         assert_eq!(answer.await, Ok(7));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_takes_longer_than_the_bus_waits_is_asked_for_again_and_not_for_ever() {
+        let late = || Error::Bus(zbus::Error::InvalidReply);
+        let calls = AtomicUsize::new(0);
+        let slow = patiently(PATIENCE, || async {
+            tokio::time::sleep(Duration::from_secs(28)).await;
+            if calls.fetch_add(1, Ordering::Relaxed) < 4 { Err(late()) } else { Ok(7) }
+        });
+        assert_eq!(slow.await, Ok(7));
+
+        let start = tokio::time::Instant::now();
+        let never = patiently(PATIENCE, || async {
+            tokio::time::sleep(Duration::from_secs(28)).await;
+            Err::<(), _>(late())
+        });
+        assert_eq!(never.await, Err(late()));
+        assert!(start.elapsed() < PATIENCE + Duration::from_secs(29));
+        assert_eq!(patiently(PATIENCE, || async { Err::<(), _>(away()) }).await, Err(away()));
+        assert!(start.elapsed() < 2 * PATIENCE, "a daemon that is away is not waited for as long");
     }
 
     #[tokio::test(start_paused = true)]

@@ -10,6 +10,13 @@ use crate::{
     ACK_EVERY, CHUNK, Exit, Failure, Kind, REPLAY_BYTES, STDIN_WINDOW, Started, encode, split_output,
 };
 
+/// Unacknowledged bytes with which the host may wait: half of what an agent that is short of memory keeps of a session
+/// before it stops reading the program.
+const WAIT_WITH: u64 = 16 << 10;
+/// How long nothing may come before more than that is acknowledged although it was to be kept: the agent may be the one
+/// that waits.
+const QUIET: Duration = Duration::from_secs(1);
+
 /// What a session sends.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum ExecEvent {
@@ -33,13 +40,6 @@ pub struct ExecStream<S> {
     ended: bool,
     input: Input,
 }
-
-/// Unacknowledged bytes with which the host may wait: half of what an agent that is short of memory keeps of a session
-/// before it stops reading the program.
-const WAIT_WITH: u64 = 16 << 10;
-/// How long nothing may come before more than that is acknowledged although it was to be kept: the agent may be the one
-/// that waits.
-const QUIET: Duration = Duration::from_secs(1);
 
 /// Standard input on its way: what was given and not sent, and how much of what was sent is not taken yet.
 #[derive(Debug, Default)]

@@ -30,7 +30,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use pandastack_bus::vmm::{State, VmmProxy};
+use pandastack_bus::{
+    Error as BusError,
+    vmm::{State, VmmProxy},
+};
 use pandastack_protocol::{Client, ClientError, Entry, Request};
 use serde::de::DeserializeOwned;
 use tokio::net::UnixStream;
@@ -96,20 +99,35 @@ impl Guests {
 
     /// A new connection.
     pub async fn open(&self, sandbox: &str, wake: Wake) -> Result<Greeted, GuestError> {
-        match self.greeted(sandbox, wake).await {
-            Ok(greeted) => {
-                self.still.seen(sandbox, false);
-                Ok(greeted)
-            }
+        let stood_still = self.still.is(sandbox);
+        let mut again = true;
+        loop {
+            let error = match self.greeted(sandbox, wake).await {
+                Ok(greeted) => {
+                    // Only what was known before: what is heard meanwhile is newer.
+                    if stood_still {
+                        self.still.seen(sandbox, false);
+                    }
+                    return Ok(greeted);
+                }
+                Err(GuestError::Bus(error)) if !matches!(error, BusError::NotFound(_)) => error,
+                Err(error) => return Err(error),
+            };
             // Why it could not be had: a look at the state, as rarely as such errors are.
-            Err(GuestError::Bus(error)) if !matches!(error, pandastack_bus::Error::NotFound(_)) => {
-                Err(match self.look(sandbox).await {
-                    Ok(State::Paused) => GuestError::Paused,
-                    Ok(State::Hibernated) => GuestError::Asleep(error),
-                    _ => GuestError::Bus(error),
-                })
+            let state = self.look(sandbox).await;
+            let moved_on = match state {
+                Ok(State::Running) => true,
+                Ok(State::Hibernated) => wake == Wake::Yes,
+                _ => false,
+            };
+            if moved_on && matches!(error, BusError::WrongState(_)) && std::mem::take(&mut again) {
+                continue;
             }
-            Err(error) => Err(error),
+            return Err(match state {
+                Ok(State::Paused) => GuestError::Paused,
+                Ok(State::Hibernated) => GuestError::Asleep(error),
+                _ => GuestError::Bus(error),
+            });
         }
     }
 
@@ -141,7 +159,7 @@ impl Guests {
             let stream = stream
                 .set_nonblocking(true)
                 .and_then(|()| UnixStream::from_std(stream))
-                .map_err(|error| GuestError::Bus(pandastack_bus::Error::Internal(error.to_string())))?;
+                .map_err(|error| GuestError::Bus(BusError::Internal(error.to_string())))?;
             let (stream, pulse) = AgentStream::new(stream);
             let mut nonce = [0u8; 8];
             getrandom::fill(&mut nonce).expect("the kernel's random generator answers");
@@ -152,7 +170,7 @@ impl Guests {
             }
         }
         tracing::warn!(sandbox, error = %last, "the agent does not answer the greeting");
-        Err(GuestError::Bus(pandastack_bus::Error::GuestUnreachable("the guest does not answer".into())))
+        Err(GuestError::Bus(BusError::GuestUnreachable("the guest does not answer".into())))
     }
 
     /// Gives an idle connection back.

@@ -27,7 +27,7 @@ use super::{
 };
 use crate::{
     app::App,
-    bus::{again, again_knowing},
+    bus::{PATIENCE, again, patiently},
     input::{Input, JSON_LIMIT, whole},
     problem::{Effect, Problem, calm},
     wire::{Error, Sandbox, rfc3339},
@@ -233,8 +233,10 @@ async fn make(
     children: Vec<Child>,
 ) -> Result<(Fork, Vec<Option<SandboxInfo>>), Problem> {
     let keyed = children.iter().any(|child| child.metadata.contains_key(DIGEST_KEY));
-    let fork = again_knowing(|| app.vmm.fork(request.clone(), parent.to_owned(), children.clone())).await;
-    let (fork, _) = fork.map_err(|error| match error {
+    // Until its outcome is known, so that no children are left that nobody knows.
+    let fork =
+        patiently(PATIENCE, || app.vmm.fork(request.clone(), parent.to_owned(), children.clone())).await;
+    let fork = fork.map_err(|error| match error {
         BusError::NotFound(text) => Problem::not_found(text),
         other => Problem::about(parent, &other, Effect::Perhaps),
     })?;

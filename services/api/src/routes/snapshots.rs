@@ -15,14 +15,12 @@ use warp::{Filter, filters::BoxedFilter, reply::Response};
 use super::{Answer, finish, input, json, no_content, volumes::shown};
 use crate::{
     app::App,
-    bus::{again, again_knowing},
+    bus::{PATIENCE, again, again_knowing, patiently},
     input::{Input, segment},
-    problem::{Effect, Problem, never_sent},
+    problem::{Effect, Problem},
     wire::{Error, rfc3339},
 };
 
-/// How long a client waits for its snapshot: less than the 180 s after which the clients hang up.
-const PATIENCE: Duration = Duration::from_secs(170);
 /// How long one that nobody waits for any more is looked after, so that it does not stay.
 const ABANDONED: Duration = Duration::from_secs(900);
 const STEP: Duration = Duration::from_millis(200);
@@ -123,12 +121,11 @@ pub async fn own_snapshot(app: &App, workspace: &str, id: &str) -> Result<Snapsh
 async fn taken(app: &App, id: &str, snapshot: &SandboxId) -> Result<SnapshotInfo, BusError> {
     let end = Instant::now() + ABANDONED;
     loop {
-        match again(|| app.vmm.snapshot(id.to_owned(), snapshot.to_string())).await {
-            Err(BusError::Timeout(_)) if Instant::now() < end => {}
-            Err(BusError::Bus(error)) if !never_sent(&error) && Instant::now() < end => {}
+        let left = end.saturating_duration_since(Instant::now());
+        match patiently(left, || app.vmm.snapshot(id.to_owned(), snapshot.to_string())).await {
+            Err(BusError::Timeout(_)) if Instant::now() < end => tokio::time::sleep(STEP).await,
             other => return other,
         }
-        tokio::time::sleep(STEP).await;
     }
 }
 

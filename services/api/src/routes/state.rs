@@ -11,7 +11,7 @@ use warp::{Filter, filters::BoxedFilter, reply::Response};
 use super::{Answer, finish, input, json, no_content};
 use crate::{
     app::App,
-    bus::again,
+    bus::{PATIENCE, patiently},
     input::Input,
     problem::{Effect, Problem},
     wire::Error,
@@ -64,7 +64,7 @@ pub struct Status {
     pub status: String,
 }
 
-/// Asks vmm for a change of state, as often as vmm goes away meanwhile: every verb may be repeated.
+/// Asks vmm for a change of state, until it is known: every verb may be repeated.
 async fn change<F, Fut>(app: &App, id: &str, input: &mut Input, verb: F) -> Result<SandboxInfo, Problem>
 where
     F: FnMut() -> Fut,
@@ -73,7 +73,7 @@ where
     input.nothing().await?;
     app.own(&input.caller, id).await?;
     app.touch.used(id);
-    let info = again(verb).await.map_err(|error| match error {
+    let info = patiently(PATIENCE, verb).await.map_err(|error| match error {
         pandastack_bus::Error::NotFound(_) => {
             app.forget(id);
             Problem::no_sandbox(id)
