@@ -29,6 +29,10 @@ use crate::{
 /// The first attempt to be greeted; twice that after one that lasted so long. A guest that answers at all answers
 /// within this, unless its host is busy; a connection that was reset never does.
 const ATTEMPT: Duration = Duration::from_millis(1500);
+/// A guest that refuses connections for longer than this after a capture has no agent any more.
+const SETTLING: Duration = Duration::from_secs(4);
+/// Between two attempts to connect.
+const REDIAL: Duration = Duration::from_millis(10);
 /// Requests that only change settings.
 const SHORT: Duration = Duration::from_secs(10);
 /// Writing everything dirty to the disk, growing a file system.
@@ -174,10 +178,21 @@ impl Guest for Agents {
     }
 
     async fn open(&self, id: &SandboxId) -> Result<OwnedFd> {
-        let stream = timeout(SHORT, self.dial(id))
-            .await
-            .unwrap_or(Err(io::ErrorKind::TimedOut.into()))
-            .map_err(|error| Error::GuestUnreachable(format!("the guest cannot be reached: {error}")))?;
+        let deadline = Instant::now() + SHORT;
+        let settled = Instant::now() + SETTLING;
+        let stream = loop {
+            match timeout_at(deadline, self.dial(id)).await.unwrap_or(Err(io::ErrorKind::TimedOut.into())) {
+                Ok(stream) => break stream,
+                // A guest that was just captured or restored still has to notice that its old connections are gone, and
+                // refuses new ones meanwhile. Nothing was asked of it yet.
+                Err(error) if error.kind() == io::ErrorKind::ConnectionReset && Instant::now() < settled => {
+                    sleep(REDIAL).await;
+                }
+                Err(error) => {
+                    return Err(Error::GuestUnreachable(format!("the guest cannot be reached: {error}")));
+                }
+            }
+        };
         Ok(stream.into_std().map_err(|error| Error::Internal(error.to_string()))?.into())
     }
 }

@@ -76,6 +76,7 @@ impl<W: World> Manager<W> {
     pub async fn capture(&self, record: &Record, spec: SnapshotSpec, resume: bool) -> Result<Captured> {
         let machine = record.machine();
         let runs = matches!(record.state, State::Running | State::Hibernating { paused: false });
+        let start = Instant::now();
         if runs && let Err(error) = self.world.guest().sync(machine, SYNC).await {
             tracing::warn!(sandbox = %record.id, "is captured without a sync: {}", error.message());
         }
@@ -83,8 +84,15 @@ impl<W: World> Manager<W> {
         let clones = record.sandbox().is_some_and(|inner| !inner.clones.is_empty());
         let volumes = clones || (!spec.volumes.is_empty() && spec.purpose != Purpose::Hibernation);
         let captured = async {
+            let synced = start.elapsed();
             let (unix_ms, paused) = self.take(machine, volumes, runs, resume).await?;
+            let taken = start.elapsed();
             let info = self.commit_capture(machine, spec).await?;
+            let ms = |time: Duration| time.as_millis() as u64;
+            tracing::debug!(
+                sandbox = %record.id, sync_ms = ms(synced), take_ms = ms(taken - synced), paused_ms = ms(paused),
+                commit_ms = ms(start.elapsed() - taken), "captured",
+            );
             Ok(Captured { info, unix_ms, paused })
         };
         let outcome = captured.await;
@@ -113,6 +121,7 @@ impl<W: World> Manager<W> {
             }
             let unix_ms = self.unix_ms();
             hypervisor.write_capture(machine, kind).await?;
+            tracing::debug!(machine = %machine, ?kind, write_ms = start.elapsed().as_millis() as u64, "memory written");
             storage.capture_disks(machine.to_string(), volumes).await?;
             Ok::<_, Error>(unix_ms)
         };
