@@ -36,7 +36,7 @@ use crate::{
         Place, SEALED, Staged, children, clone_file, create, exists, link_sealed, open_regular, open_written,
         same_file, unlink,
     },
-    sandbox,
+    resident, sandbox,
 };
 
 /// Largest state of a machine, bytes. It has some hundred thousand.
@@ -131,6 +131,7 @@ pub fn collect(place: &Place, folder: &Path, memory_mib: u64) -> Result<Collecte
         files.insert(name.to_owned(), fs::symlink_metadata(&to).at(&to)?.len());
     }
     files.insert(layout::STATE.to_owned(), state.1);
+    resident::note(&memory, staged.path());
     Ok(Collected { staged, files, state: state.0 })
 }
 
@@ -188,6 +189,7 @@ fn prepare(place: &Place, folder: &Path, base: &Path) -> Result<CaptureKind> {
     let memory = folder.join(captured(layout::MEM));
     let kind = if is_base(base) {
         clone_file(base, &memory, 0o600)?;
+        resident::follow(base, &memory);
         CaptureKind::Diff
     } else {
         create(&memory, 0o600)?;

@@ -44,6 +44,8 @@ pub const WRITABLE: [&str; 4] = ["w0.img", "w1.img", "w2.img", "w3.img"];
 pub const READ_ONLY: [&str; 4] = ["r0.img", "r1.img", "r2.img", "r3.img"];
 /// Contents of a volume.
 pub const DISK: &str = "disk.img";
+/// Which parts of a capture's memory were in page cache when it was taken.
+pub const RESIDENT: &str = "resident.json";
 /// Hash tree of a snapshot.
 pub const HASHES: &str = "hashes.json";
 /// What a directory of ours holds; its presence says that the directory is complete.

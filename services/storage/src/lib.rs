@@ -29,6 +29,7 @@ pub mod mkfs;
 pub mod place;
 pub mod progress;
 pub mod reflink;
+pub mod resident;
 pub mod sandbox;
 pub mod serve;
 pub mod snapshot;

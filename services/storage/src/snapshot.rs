@@ -28,6 +28,7 @@ use crate::{
     mac::Signer,
     manifest::{Manifest, check},
     place::{Place, Staged, children, clone_file, exists, remove_tree},
+    resident,
     sandbox::{self, Content},
     volume::Volumes,
 };
@@ -177,6 +178,7 @@ impl Snapshots {
         let _stays = found.stay()?;
         let manifest = found.usable(&place.layout)?;
         let folder = place.layout.snapshot(snapshot);
+        resident::recall(folder.clone());
         let drives = layout::drives().filter(|name| manifest.files.contains_key(*name));
         let content = Content {
             disk: folder.join(layout::ROOT),
