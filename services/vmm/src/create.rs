@@ -130,8 +130,8 @@ impl<W: World> Manager<W> {
         let sandbox = self.wished(accepted, request, spec).await?;
         let shape = &sandbox.shape;
         let mut claim = self.claim(&spec.workspace)?;
+        // At once, before it waits for its turn; what counts is asked then.
         admission::admit(&self.host()?, shape.memory_mib, sandbox.spec.disk_mib)?;
-        let _pending = Pending::new(&self.pending_mib, admission::need_mib(shape.memory_mib));
         let _under_way = UnderWay::new(&self.creating);
         self.asked.note(&shape.template);
         self.place(accepted, deadline, &mut claim, &sandbox).await
@@ -174,6 +174,14 @@ impl<W: World> Manager<W> {
         let _turn = timeout_at(deadline - RESTORE_ANSWER, self.restores.acquire())
             .await
             .map_err(|_| Error::NoCapacity("too many sandboxes are being made at once".into()))?;
+        // Only those that are being made are about to take memory: a burst that waits takes none. A fork asked for all.
+        let _pending = match sandbox.forked {
+            Some(_) => None,
+            None => {
+                admission::admit(&self.host()?, sandbox.shape.memory_mib, sandbox.spec.disk_mib)?;
+                Some(Pending::new(&self.pending_mib, admission::need_mib(sandbox.shape.memory_mib)))
+            }
+        };
         // A dressed slot is the template as it was baked, and nothing else.
         let plain = sandbox.source.is_empty() && sandbox.spec.volumes.is_empty() && !sandbox.shape.disk_grown;
         let shape = plain.then_some(&sandbox.shape);
