@@ -71,3 +71,8 @@ async fn what_is_to_be_kept_is_acknowledged_only_for_an_agent_that_may_be_waitin
     assert_eq!(acknowledged(200 << 10, 100 << 10).await, 100 << 10);
     assert_eq!(acknowledged(100 << 10, 512 << 10).await, (100 - 16) << 10);
 }
+
+#[tokio::test]
+async fn a_silent_command_is_probed_with_what_was_acknowledged_before() {
+    assert_eq!(acknowledged(1, 0).await, 0);
+}

@@ -56,7 +56,9 @@ pub fn note(memory: &Path, directory: &Path) {
 /// Reads ahead, in the background, what was resident when the capture in this directory was taken.
 pub fn recall(directory: PathBuf) {
     in_background(move || {
-        let Some(text) = files::read_limited(&directory.join(layout::RESIDENT), LIMIT)? else { return Ok(()) };
+        let Some(text) = files::read_limited(&directory.join(layout::RESIDENT), LIMIT)? else {
+            return Ok(());
+        };
         let ranges: Vec<Range<u64>> = serde_json::from_slice(&text)?;
         read_ahead(&File::open(directory.join(layout::MEM))?, &ranges)
     });

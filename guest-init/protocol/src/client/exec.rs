@@ -16,6 +16,9 @@ const WAIT_WITH: u64 = 16 << 10;
 /// How long nothing may come before more than that is acknowledged although it was to be kept: the agent may be the one
 /// that waits.
 const QUIET: Duration = Duration::from_secs(1);
+/// How long nothing may come before the last acknowledgement is said again: a guest whose connections a capture cut does not
+/// tell, but refuses what it is sent.
+const PROBE: Duration = Duration::from_secs(2);
 
 /// What a session sends.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -84,12 +87,12 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> ExecStream<S> {
             if self.offset - self.acked >= WAIT_WITH {
                 self.ack(self.keep);
             }
-            if self.offset - self.acked <= WAIT_WITH {
-                self.client.exchange(more).await?;
-            } else if let Ok(exchanged) = tokio::time::timeout(QUIET, self.client.exchange(more)).await {
-                exchanged?;
-            } else {
-                self.ack(WAIT_WITH);
+            let keeps_much = self.offset - self.acked > WAIT_WITH;
+            let patience = if keeps_much { QUIET } else { PROBE };
+            match tokio::time::timeout(patience, self.client.exchange(more)).await {
+                Ok(exchanged) => exchanged?,
+                Err(_) if keeps_much => self.ack(WAIT_WITH),
+                Err(_) => encode(Kind::Ack, &self.acked.to_le_bytes(), &mut self.client.out),
             }
         }
     }

@@ -97,6 +97,12 @@ impl Guests {
         }
     }
 
+    /// A new connection in the place of all idle ones, one of which turned out to be cut.
+    pub async fn renew(&self, sandbox: &str) -> Result<Greeted, GuestError> {
+        self.forget(sandbox);
+        self.open(sandbox, Wake::Yes).await
+    }
+
     /// A new connection.
     pub async fn open(&self, sandbox: &str, wake: Wake) -> Result<Greeted, GuestError> {
         let stood_still = self.still.is(sandbox);

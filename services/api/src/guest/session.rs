@@ -64,7 +64,12 @@ impl Session {
         }
         let mut last = String::new();
         for attempt in 0..ATTEMPTS {
-            let greeted = match guests.connect(sandbox, Wake::Yes).await {
+            let connected = match attempt {
+                0 => guests.connect(sandbox, Wake::Yes).await,
+                // A capture cuts all connections at once, and none of the idle ones shows it.
+                _ => guests.renew(sandbox).await,
+            };
+            let greeted = match connected {
                 Ok(greeted) => greeted,
                 Err(error) if attempt == 0 => return Err(error),
                 // It may have been started by the attempt before.
@@ -103,8 +108,11 @@ impl Session {
         let mut session = Self::new(guests, sandbox, id, true, activity);
         session.keep = KEEP;
         let mut last = String::new();
-        for _ in 0..ATTEMPTS {
-            let greeted = guests.connect(sandbox, Wake::Yes).await?;
+        for attempt in 0..ATTEMPTS {
+            let greeted = match attempt {
+                0 => guests.connect(sandbox, Wake::Yes).await?,
+                _ => guests.renew(sandbox).await?,
+            };
             let pulse = greeted.pulse;
             match greeted.client.attach(id, offset, ANSWER).await {
                 Ok(stream) => {
