@@ -42,12 +42,6 @@ const TESTS: &[Test] = &[
     ("python_client", clients::python),
     ("typescript_client", clients::typescript),
     ("an_idle_persistent_sandbox_sleeps_until_it_is_used", sandboxes::an_idle_persistent_sandbox),
-    ("every_copy_agrees_with_itself", exactness::every_copy_agrees),
-    ("a_fork_makes_its_parent_wait_no_longer_than_its_pause", exactness::a_parent_waits_for_its_pause_only),
-    ("random_state_changes_are_those_of_the_model", model::random_state_changes),
-    ("a_burst_of_creates_fails_none", pressure::a_burst_of_creates),
-    ("forks_beyond_memory_are_refused_or_whole", pressure::forks_beyond_memory),
-    ("a_full_data_partition_refuses_and_keeps_what_it_has", pressure::a_full_data_partition),
     ("a_guest_reaches_the_internet_and_nothing_else", egress::a_guest_reaches_the_internet_and_nothing_else),
     ("a_guest_that_fills_its_disk_harms_nobody", abuse::a_full_disk),
     ("a_guest_that_forks_without_end_harms_nobody", abuse::a_fork_bomb),
@@ -56,22 +50,37 @@ const TESTS: &[Test] = &[
     ("a_dead_firecracker_is_told_as_failed", sandboxes::a_dead_firecracker),
     ("an_index_that_is_gone_is_rebuilt", faults::an_index_that_is_gone_is_rebuilt),
     ("killed_daemons_lose_and_leak_nothing", faults::killed_daemons_lose_and_leak_nothing),
-    ("state_changes_whose_process_is_killed_are_whole_or_not_there", faults_state::killed_in_the_middle),
     ("a_clean_shutdown_and_boot_keep_the_truth", power::a_clean_shutdown_and_boot_keep_the_truth),
     ("power_cuts_lose_nothing_acknowledged", power::power_cuts_lose_nothing_acknowledged),
     ("cuts_at_flush_boundaries_lose_nothing_acknowledged", replay::cuts_at_flush_boundaries),
+];
+
+/// Those that take long, or whose guests have much to do: `SUITE=long` runs them after the others.
+const LONG: &[Test] = &[
+    ("every_copy_agrees_with_itself", exactness::every_copy_agrees),
+    ("a_fork_makes_its_parent_wait_no_longer_than_its_pause", exactness::a_parent_waits_for_its_pause_only),
+    ("random_state_changes_are_those_of_the_model", model::random_state_changes),
+    ("a_burst_of_creates_fails_none", pressure::a_burst_of_creates),
+    ("forks_beyond_memory_are_refused_or_whole", pressure::forks_beyond_memory),
+    ("a_full_data_partition_refuses_and_keeps_what_it_has", pressure::a_full_data_partition),
+    ("state_changes_whose_process_is_killed_are_whole_or_not_there", faults_state::killed_in_the_middle),
     (
         "a_flashed_disk_boots_and_shows_its_first_token_once",
         firmware::a_flashed_disk_boots_and_shows_its_first_token_once,
     ),
 ];
 
+fn tests() -> Vec<&'static Test> {
+    let long = std::env::var_os("SUITE").is_some_and(|suite| suite == "long");
+    TESTS.iter().chain(LONG.iter().filter(|_| long)).collect()
+}
+
 fn main() -> ExitCode {
     let mut arguments = Arguments::from_args();
     // They share one machine.
     arguments.test_threads = Some(1);
     if arguments.list {
-        let trials = TESTS.iter().map(|(name, _)| Trial::test(*name, || Ok(()))).collect();
+        let trials = tests().into_iter().map(|(name, _)| Trial::test(*name, || Ok(()))).collect();
         return libtest_mimic::run(&arguments, trials).exit_code();
     }
     let fixture = match Fixture::boot() {
@@ -81,8 +90,8 @@ fn main() -> ExitCode {
             return ExitCode::FAILURE;
         }
     };
-    let trials = TESTS
-        .iter()
+    let trials = tests()
+        .into_iter()
         .map(|(name, test)| {
             let fixture = Arc::clone(&fixture);
             Trial::test(*name, move || {
