@@ -36,9 +36,8 @@ const LIMIT: u64 = 1 << 20;
 
 /// Reads the parts of `to` ahead that are resident of `base`, in the background.
 pub fn follow(base: &Path, to: &Path) {
-    let (base, to) = (base.to_owned(), to.to_owned());
     // Opened now: the names may be gone when the thread runs.
-    let (Ok(from), Ok(to)) = (open_regular(&base), File::open(&to)) else { return };
+    let (Ok(from), Ok(to)) = (open_regular(base), open_regular(to)) else { return };
     in_background(move || read_ahead(&to, &resident(&from)?));
 }
 

@@ -133,7 +133,6 @@ impl<W: World> Manager<W> {
         // At once, before it waits for its turn; what counts is asked then.
         admission::admit(&self.host()?, shape.memory_mib, sandbox.spec.disk_mib)?;
         let _under_way = UnderWay::new(&self.creating);
-        self.asked.note(&shape.template);
         self.place(accepted, deadline, &mut claim, &sandbox).await
     }
 
@@ -185,6 +184,9 @@ impl<W: World> Manager<W> {
         // A dressed slot is the template as it was baked, and nothing else.
         let plain = sandbox.source.is_empty() && sandbox.spec.volumes.is_empty() && !sandbox.shape.disk_grown;
         let shape = plain.then_some(&sandbox.shape);
+        if let Some(shape) = shape {
+            self.asked.note(&shape.template);
+        }
         let mut last = Error::Timeout("there was no time left".into());
         for attempt in 1..=ATTEMPTS {
             if attempt > 1 && Instant::now() + RESTORE_ANSWER > deadline {

@@ -58,7 +58,7 @@ impl<W: World> Manager<W> {
     /// Keeps the configured number of slots, for ever, and gives way to creates.
     pub async fn keep_slots(self: Arc<Self>) {
         loop {
-            if self.next_step().1 == Step::Rest {
+            if self.check_open().is_err() || self.next_step().1 == Step::Rest {
                 let _ = timeout(RECOUNT, self.refill.notified()).await;
                 continue;
             }
