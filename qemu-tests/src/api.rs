@@ -49,7 +49,8 @@ impl Api {
     pub fn new(base: String, token: &str) -> Self {
         let agent = ureq::Agent::config_builder()
             .http_status_as_error(false)
-            .timeout_global(Some(Duration::from_secs(60)))
+            // Under emulation a busy guest is slow, not dead.
+            .timeout_global(Some(Duration::from_secs(180)))
             .build()
             .into();
         Self { base, token: token.to_owned(), agent }

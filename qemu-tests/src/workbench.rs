@@ -225,7 +225,10 @@ fn wait_for_templates(token: &str, within: Duration, say: &dyn Fn(&str)) -> Resu
     }
 }
 
-/// Shuts the appliance down; cuts the power when it takes longer than a minute.
+/// A shutdown puts every persistent sandbox onto storage first; systemd allows its unit about ten minutes.
+const SHUTDOWN: Duration = Duration::from_secs(660);
+
+/// Shuts the appliance down; cuts the power when it takes longer than [`SHUTDOWN`].
 ///
 /// # Errors
 /// When the process cannot be ended.
@@ -241,14 +244,20 @@ pub fn stop(bench: &Workbench) -> Result<ExitCode> {
         eprintln!("QEMU does not take the power button ({error:#}); cutting the power");
     } else {
         eprintln!("shutting down");
-        while bench.running().is_some() && started.elapsed() < Duration::from_secs(60) {
+        let mut told = Instant::now();
+        while bench.running().is_some() && started.elapsed() < SHUTDOWN {
             std::thread::sleep(Duration::from_millis(200));
+            if told.elapsed() >= Duration::from_secs(10) {
+                told = Instant::now();
+                eprintln!("[{:>3}s] persistent sandboxes go onto storage", started.elapsed().as_secs());
+            }
         }
     }
     let clean = bench.running().is_none();
     if !clean {
         kill(Pid::from_raw(record.pid), Signal::SIGKILL)?;
-        while bench.running().is_some() && started.elapsed() < Duration::from_secs(70) {
+        let killed = Instant::now();
+        while bench.running().is_some() && killed.elapsed() < Duration::from_secs(10) {
             std::thread::sleep(Duration::from_millis(100));
         }
     }

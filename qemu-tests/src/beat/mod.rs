@@ -41,8 +41,8 @@ pub fn start(api: &Api, id: &str) -> Result<Told> {
     api.write(id, "/root/beat.py", PROGRAM.as_bytes())?;
     api.exec(
         id,
-        "setsid python3 /root/beat.py serve >/root/beat.err 2>&1 </dev/null & \
-         for i in $(seq 200); do [ -S /run/beat.sock ] && break; sleep 0.1; done; cat /root/beat.err",
+        "setsid python3 /root/beat.py >/root/beat.err 2>&1 </dev/null & \
+         for i in $(seq 200); do [ -p /run/beat.in ] && break; sleep 0.2; done; cat /root/beat.err",
     )?;
     ask(api, id, "state")
 }
@@ -52,7 +52,7 @@ pub fn start(api: &Api, id: &str) -> Result<Told> {
 /// # Errors
 /// When it does not answer.
 pub fn ask(api: &Api, id: &str, word: &str) -> Result<Told> {
-    let text = api.exec(id, &format!("python3 /root/beat.py ask {word}"))?;
+    let text = api.exec(id, &format!("echo {word} >/run/beat.in && cat /run/beat.out"))?;
     serde_json::from_str(&text).with_context(|| format!("{id} answered {text:?} to {word:?}"))
 }
 

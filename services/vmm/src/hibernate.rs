@@ -103,26 +103,19 @@ impl<W: World> Manager<W> {
         }
     }
 
-    /// For a shutdown: nothing new is made any more, slots go, what is persistent is hibernated. Machines stand still from
-    /// then on, and the next start takes away what is left of them. Answers a sentence for each that could not be.
+    /// For a shutdown: nothing new is made any more, what is persistent and runs is hibernated. Machines stand still from then
+    /// on, and the next start takes away what is left of them, and the slots: PID 1 ends no unit now before we are done. What
+    /// is just booted from its disk is booted again. Answers a sentence for each that could not be hibernated.
     pub async fn hibernate_all(self: &Arc<Self>) -> Vec<String> {
         self.closing.store(true, Ordering::SeqCst);
         let mut under_way = self.creating.subscribe();
         if timeout(LAST_CREATES, under_way.wait_for(|count| *count == 0)).await.is_err() {
             tracing::warn!("goes on without creates that do not end");
         }
-        for slot in self.ready_slots() {
-            if !self.claim_slot(&slot.id) {
-                continue;
-            }
-            let manager = Arc::clone(self);
-            tokio::spawn(async move { manager.happen(&slot, Event::Delete, Happening::default()).await });
-        }
         let all = self.all().into_iter().filter(|sandbox| {
             let record = sandbox.record();
-            let has_machine =
-                matches!(record.public_state(), Some(state) if state != pandastack_bus::vmm::State::Failed);
-            has_machine && record.sandbox().is_some_and(|inner| inner.spec.persistent)
+            matches!(record.state, State::Running | State::Paused)
+                && record.sandbox().is_some_and(|inner| inner.spec.persistent)
         });
         let outcomes = stream::iter(all).map(|sandbox| async move {
             let _turn = self.hibernations.acquire().await;
