@@ -16,6 +16,9 @@ use crate::http;
 use crate::qmp::Qmp;
 use crate::ssh::Operator;
 
+/// How the kernel complains when a processor's timer does not fire.
+const LOST_TIMER: &str = "Possible timer handling issue on cpu";
+
 /// A running appliance. Dropping it cuts the power, unless [`Running::detach`] let it go.
 #[derive(Debug)]
 pub struct Running {
@@ -88,7 +91,9 @@ impl Running {
     ) -> Result<()> {
         let started = Instant::now();
         let address = SocketAddr::from((Ipv4Addr::LOCALHOST, self.api_port));
+        let mut seen = 0;
         loop {
+            self.reset_if_stalled(&mut seen)?;
             if let Ok(200) = http::status(address, "/healthz", Duration::from_secs(5)) {
                 return Ok(());
             }
@@ -105,6 +110,23 @@ impl Running {
             progress(passed, &self.console.last_line(100));
             sleep(Duration::from_secs(1));
         }
+    }
+
+    /// Emulation only: QEMU now and then loses a timer of a processor at boot (seen with 10.0.13), and the kernel waits for it
+    /// for ever. It says so; then the machine is reset, before anything of ours has started. `seen` is how much of the
+    /// console was looked at.
+    fn reset_if_stalled(&mut self, seen: &mut usize) -> Result<()> {
+        if self.accelerator() != Accelerator::Tcg {
+            return Ok(());
+        }
+        let text = self.console.text();
+        let new = text.get(*seen..).unwrap_or_default();
+        if new.contains(LOST_TIMER) {
+            *seen = text.len();
+            eprintln!("  the emulator lost a timer, the kernel stalls: resetting");
+            self.monitor()?.execute("system_reset", &json!({}), Duration::from_secs(5))?;
+        }
+        Ok(())
     }
 
     /// Presses the power button and waits for the machine to be off.

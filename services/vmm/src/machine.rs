@@ -224,8 +224,9 @@ const SLEEP: &[Effect] = &[E::Announce, E::StopUnit, E::Detach, E::Release];
 const CLEAR: &[Effect] = &[E::StopUnit, E::Detach, E::Release];
 const WAKE: &[Effect] = &[E::Borrow, E::FurnishImage, E::Load, E::Freshen, E::Commit];
 const SETTLE: &[Effect] = &[E::Save, E::Announce];
-const FAIL: &[Effect] = &[E::Save, E::Announce, E::StopUnit, E::Detach];
-const QUIET: &[Effect] = &[E::StopUnit, E::Detach];
+/// A power cut may have left a capture half made.
+const FAIL: &[Effect] = &[E::Save, E::Announce, E::StopUnit, E::Detach, E::AbortCapture];
+const QUIET: &[Effect] = &[E::StopUnit, E::Detach, E::AbortCapture];
 /// What was never acknowledged: the record on disk already says that it is to be taken down.
 const DISCARD: &[Effect] = &[E::Announce, E::StopUnit, E::Detach, E::Release, E::DropVolumes, E::Forget];
 /// What was acknowledged: first it must be durable that it is not wanted any more.
@@ -331,8 +332,16 @@ impl Effect {
 
     /// Whether the effects after this one are tried even if it fails.
     pub fn is_teardown(self) -> bool {
-        let takes_away = matches!(self, E::StopUnit | E::Detach | E::Release | E::DropVolumes | E::DropImage);
-        takes_away || self == E::Announce
+        matches!(
+            self,
+            E::Announce
+                | E::StopUnit
+                | E::Detach
+                | E::AbortCapture
+                | E::Release
+                | E::DropVolumes
+                | E::DropImage
+        )
     }
 }
 

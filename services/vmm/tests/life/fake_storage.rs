@@ -69,7 +69,12 @@ impl StorageBackend for Handle {
             .await
     }
     async fn ensure_kernel(&self, id: String) -> Result<()> {
-        self.0.call("kernel", &id, |_| Ok(())).await
+        self.0
+            .call("kernel", &id, |books| {
+                books.captures.remove(&id);
+                Ok(())
+            })
+            .await
     }
     async fn prepare_capture(&self, id: String) -> Result<()> {
         self.0.call("prepare_capture", &id, |_| Ok(())).await

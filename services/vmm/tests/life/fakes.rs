@@ -107,8 +107,7 @@ impl Fake {
         books.attachments.clear();
         books.guests.clear();
         books.paused.clear();
-        books.captures.clear();
-        // The memory of a machine is lost; what is in its directory stays.
+        // The memory of a machine is lost; what is in its directory stays, an unfinished capture, too.
         books.minds.clear();
     }
 
