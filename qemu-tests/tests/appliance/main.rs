@@ -1,7 +1,7 @@
 //! The suite against the booted appliance: real systemd, real Firecracker, real nested KVM.
 //!
 //! One appliance serves all tests, in the order of the list below, because a boot under emulation takes most of a minute.
-//! Tests leave behind what they found. The last ones cut its power.
+//! Tests leave behind what they found. The last ones cut its power, and the very last leaves it off.
 
 mod abuse;
 mod clients;
@@ -50,12 +50,16 @@ const TESTS: &[Test] = &[
     ("a_dead_firecracker_is_told_as_failed", sandboxes::a_dead_firecracker),
     ("an_index_that_is_gone_is_rebuilt", faults::an_index_that_is_gone_is_rebuilt),
     ("killed_daemons_lose_and_leak_nothing", faults::killed_daemons_lose_and_leak_nothing),
+];
+
+/// The power goes off, and is cut.
+const LAST: &[Test] = &[
     ("a_clean_shutdown_and_boot_keep_the_truth", power::a_clean_shutdown_and_boot_keep_the_truth),
     ("power_cuts_lose_nothing_acknowledged", power::power_cuts_lose_nothing_acknowledged),
     ("cuts_at_flush_boundaries_lose_nothing_acknowledged", replay::cuts_at_flush_boundaries),
 ];
 
-/// Those that take long, or whose guests have much to do: `SUITE=long` runs them after the others.
+/// Those that take long, or whose guests have much to do: `SUITE=long` runs them before the power is touched.
 const LONG: &[Test] = &[
     ("every_copy_agrees_with_itself", exactness::every_copy_agrees),
     ("a_fork_makes_its_parent_wait_no_longer_than_its_pause", exactness::a_parent_waits_for_its_pause_only),
@@ -70,9 +74,12 @@ const LONG: &[Test] = &[
     ),
 ];
 
+fn is_long() -> bool {
+    std::env::var_os("SUITE").is_some_and(|suite| suite == "long")
+}
+
 fn tests() -> Vec<&'static Test> {
-    let long = std::env::var_os("SUITE").is_some_and(|suite| suite == "long");
-    TESTS.iter().chain(LONG.iter().filter(|_| long)).collect()
+    TESTS.iter().chain(LONG.iter().filter(|_| is_long())).chain(LAST).collect()
 }
 
 fn main() -> ExitCode {

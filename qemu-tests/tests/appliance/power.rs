@@ -16,7 +16,7 @@ use serde_json::{Value, json};
 use crate::{
     faults::{Told, load},
     fixture::Fixture,
-    power_state,
+    is_long, power_state,
 };
 
 /// How a persistent sandbox comes back after the appliance was off.
@@ -105,7 +105,8 @@ pub fn a_clean_shutdown_and_boot_keep_the_truth(fixture: &Fixture) -> Result<()>
 }
 
 pub fn power_cuts_lose_nothing_acknowledged(fixture: &Fixture) -> Result<()> {
-    for round in 0..2u64 {
+    let rounds: u64 = if is_long() { 3 } else { 1 };
+    for round in 0..rounds {
         let api = fixture.api()?;
         api.delete_all()?;
         let volume = format!("power-{round}");

@@ -9,11 +9,9 @@ use serde_json::json;
 
 use crate::{
     fixture::Fixture,
+    is_long,
     power::{self, Return},
 };
-
-/// Places of the log at which the disk is cut.
-const CUTS: usize = 2;
 
 /// Something that was acknowledged when the log was so long.
 #[derive(Debug)]
@@ -58,11 +56,13 @@ pub fn cuts_at_flush_boundaries(fixture: &Fixture) -> Result<()> {
         .into_iter()
         .filter(|count| entries[count - 1].end() > workload_from)
         .collect();
-    ensure!(flushes.len() > CUTS, "only {} flushes in {} entries", flushes.len(), entries.len());
-    for cut in 1..=CUTS {
+    // Places of the log at which the disk is cut.
+    let cuts = if is_long() { 3 } else { 1 };
+    ensure!(flushes.len() > cuts, "only {} flushes in {} entries", flushes.len(), entries.len());
+    for cut in 1..=cuts {
         // Not the same places each time, but spread over the workload.
-        let jitter = std::process::id() as usize % (flushes.len() / CUTS).max(1);
-        let count = flushes[(flushes.len() * cut / CUTS - 1).saturating_sub(jitter / 2)];
+        let jitter = std::process::id() as usize % (flushes.len() / cuts).max(1);
+        let count = flushes[(flushes.len() * cut / cuts - 1).saturating_sub(jitter / 2)];
         let position = entries[count - 1].end();
         eprintln!("  cut after {count} of {} writes", entries.len());
         fs::remove_file(&disk)?;
