@@ -19,12 +19,13 @@ const TOKEN: &str = "pds_00000000000000000000000000000bee";
 const TEMPLATE: &str = "base";
 /// As [`TEMPLATE`] with 256 MiB of memory; only there for the measurements.
 const SMALL: &str = "small";
-/// Puts [`SMALL`] beside the image's templates: the same disk, another description. The daemons look at their start.
+/// Puts [`SMALL`] in the place of all of the image's templates but [`TEMPLATE`], whose disk it has: no other is baked for nothing.
+/// The daemons look at their start.
 const ADD_SMALL: &str = r#"set -e
 at=/usr/share/pandastack/templates; size=$(($(stat -c %s $at/base/root.img) >> 20))
 mkdir -p /run/suite/image; mount --bind $at /run/suite/image; mount -t tmpfs -o mode=755 suite-templates $at
-for one in /run/suite/image/*/; do name=$(basename $one); mkdir $at/$name; mount --bind $one $at/$name; done
-mkdir $at/small; touch $at/small/root.img; mount --bind /run/suite/image/base/root.img $at/small/root.img
+mkdir $at/base $at/small; mount --bind /run/suite/image/base $at/base;
+touch $at/small/root.img; mount --bind /run/suite/image/base/root.img $at/small/root.img
 printf 'name = "small"
 vcpus = 2
 memory_mib = 256

@@ -162,7 +162,7 @@ fn command(fixture: &Fixture, victim: Victim, verb: &str, id: &str) -> Result<St
         (Victim::Firecracker, _) => {
             let text = fixture.ssh(&format!("busctl --json=short call ai.pandastack.vmm1 /ai/pandastack/vmm1 ai.pandastack.vmm1.Manager Get s {id}"))?;
             let told: Value = serde_json::from_str(&text)?;
-            let machine = told["data"][0][19].as_str().with_context(|| text.clone())?;
+            let machine = told["data"][19].as_str().with_context(|| text.clone())?;
             fixture.ssh(&format!("systemctl show -P MainPID pandastack-sandbox@{machine}.service"))?
         }
     };

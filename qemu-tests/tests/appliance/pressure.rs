@@ -81,7 +81,7 @@ pub fn forks_beyond_memory(fixture: &Fixture) -> Result<()> {
 fn take_memory(fixture: &Fixture, spare: u64) -> Result<()> {
     let text = fixture.ssh("mkdir -p /run/suite-hog; mountpoint -q /run/suite-hog || mount -t tmpfs -o size=95% suite-hog /run/suite-hog; busctl --json=short call ai.pandastack.vmm1 /ai/pandastack/vmm1 ai.pandastack.vmm1.Manager Capacity")?;
     let capacity: Value = serde_json::from_str(&text)?;
-    let number = |at: usize| capacity["data"][0][at].as_u64().with_context(|| text.clone());
+    let number = |at: usize| capacity["data"][at].as_u64().with_context(|| text.clone());
     let take = number(4)?.saturating_sub(number(5)? + spare);
     fixture.ssh(&format!("head -c {take}M /dev/zero > $(mktemp -p /run/suite-hog)")).map(|_| ())
 }
@@ -95,7 +95,7 @@ pub fn a_full_data_partition(fixture: &Fixture) -> Result<()> {
     let result = (|| {
         let text = fixture.ssh("busctl --json=short call ai.pandastack.storage1 /ai/pandastack/storage1 ai.pandastack.storage1.Manager Usage")?;
         let usage: Value = serde_json::from_str(&text)?;
-        let number = |at: usize| usage["data"][0][at].as_u64().with_context(|| text.clone());
+        let number = |at: usize| usage["data"][at].as_u64().with_context(|| text.clone());
         // Into the reserve, but not to the end: the appliance itself goes on writing.
         let take = number(1)?.saturating_sub(number(2)? / 2);
         fixture.ssh(&format!("fallocate -l {take} {hog}"))?;
