@@ -23,8 +23,9 @@ const SMALL: &str = "small";
 /// The daemons look at their start.
 const ADD_SMALL: &str = r#"set -e
 at=/usr/share/pandastack/templates; size=$(($(stat -c %s $at/base/root.img) >> 20))
-mkdir -p /run/suite/image; mount --bind $at /run/suite/image; mount -t tmpfs -o mode=755 suite-templates $at
-mkdir $at/base $at/small; mount --bind /run/suite/image/base $at/base;
+mkdir -p /run/suite/image; mount --bind $at /run/suite/image; mount --make-private /run/suite/image
+mount -t tmpfs -o mode=755 suite-templates $at
+mkdir $at/base $at/small; mount --bind /run/suite/image/base $at/base
 touch $at/small/root.img; mount --bind /run/suite/image/base/root.img $at/small/root.img
 printf 'name = "small"
 vcpus = 2

@@ -22,6 +22,11 @@ impl Connection {
         Ok(Self { sender })
     }
 
+    /// Whether the other end has closed it, as it does after a while without requests.
+    pub fn is_closed(&self) -> bool {
+        self.sender.is_closed()
+    }
+
     /// The text behind a path, without a token.
     pub async fn text(&mut self, path: &str) -> Result<String> {
         self.sender.ready().await?;

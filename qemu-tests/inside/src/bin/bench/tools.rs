@@ -10,7 +10,8 @@ use tokio::net::TcpStream;
 /// Where the data partition has what storage keeps.
 pub const STORAGE: &str = "/var/lib/pandastack/storage";
 
-/// The appliance's API over one kept-alive connection.
+/// The appliance's API over a kept-alive connection, which is made again, outside of what is timed, when it was idle for too
+/// long.
 #[derive(Debug)]
 pub struct Api {
     http: Connection,
@@ -20,8 +21,14 @@ pub struct Api {
 impl Api {
     /// Connects to it.
     pub async fn connect(token: String) -> Result<Self> {
-        let http = Connection::over(TcpStream::connect("127.0.0.1:8080").await?).await?;
-        Ok(Self { http, token })
+        Ok(Self { http: dial().await?, token })
+    }
+
+    async fn http(&mut self) -> Result<&mut Connection> {
+        if self.http.is_closed() {
+            self.http = dial().await?;
+        }
+        Ok(&mut self.http)
     }
 
     /// Another connection with the same token.
@@ -31,8 +38,10 @@ impl Api {
 
     /// A call that has to succeed, and how long it took, microseconds.
     pub async fn timed(&mut self, method: &str, path: &str, body: Option<&Value>) -> Result<(Value, f64)> {
+        let token = self.token.clone();
+        let http = self.http().await?;
         let before = Instant::now();
-        let answer = self.http.call(method, path, Some(&self.token), body).await?;
+        let answer = http.call(method, path, Some(&token), body).await?;
         Ok((answer, before.elapsed().as_secs_f64() * 1e6))
     }
 
@@ -68,7 +77,7 @@ impl Api {
 
     /// Waits until the refill of slots has come to rest.
     pub async fn slots_full(&mut self) -> Result<()> {
-        let deadline = Instant::now() + Duration::from_secs(60);
+        let deadline = Instant::now() + Duration::from_secs(180);
         let wanted = self.gauge("pandastack_slots_wanted").await? as u64;
         while self.slots().await? < wanted {
             ensure!(Instant::now() < deadline, "the slots do not fill up");
@@ -78,11 +87,15 @@ impl Api {
     }
 
     async fn gauge(&mut self, name: &str) -> Result<f64> {
-        let text = self.http.text("/metrics").await?;
+        let text = self.http().await?.text("/metrics").await?;
         let line = text.lines().find(|line| line.starts_with(name) && !line.starts_with('#'));
         let value = line.and_then(|line| line.rsplit(' ').next());
         Ok(value.with_context(|| format!("no metric {name}"))?.parse()?)
     }
+}
+
+async fn dial() -> Result<Connection> {
+    Connection::over(TcpStream::connect("127.0.0.1:8080").await?).await
 }
 
 /// The ids of a fork's children.
