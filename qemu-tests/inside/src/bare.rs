@@ -58,6 +58,8 @@ impl Drop for Bare {
     }
 }
 
+/// Size of what stands where a volume may be put, bytes; as storage makes it.
+const PLACEHOLDER: u64 = 1 << 20;
 const TUNSETIFF: nix::libc::c_ulong = 0x4004_54ca;
 
 mod ioctls {
@@ -73,7 +75,7 @@ mod ioctls {
     );
 }
 
-/// Restores a guest from the files of `bake` (`mem`, `state`, `root.img`) in a directory below `scratch`, which must be on
+/// Restores a guest from the files of `bake` (`mem`, `state`, `root.img`) and placeholder drives in a directory below `scratch`, which must be on
 /// the same file system.
 pub async fn restore(bake: &Path, firecracker: &Path, scratch: &Path, name: &str) -> Result<(Bare, Timing)> {
     let dir = scratch.join(name);
@@ -82,6 +84,12 @@ pub async fn restore(bake: &Path, firecracker: &Path, scratch: &Path, name: &str
         fs::hard_link(bake.join(file), dir.join(file)).with_context(|| format!("linking {file}"))?;
     }
     reflink(&bake.join("root.img"), &dir.join("root.img"))?;
+    for kind in ["w", "r"] {
+        for number in 0..4 {
+            let drive = fs::File::create_new(dir.join(format!("{kind}{number}.img")))?;
+            drive.set_len(PLACEHOLDER).context("a placeholder drive")?;
+        }
+    }
 
     let started = Instant::now();
     let child = spawn(firecracker, &dir)?;
