@@ -75,8 +75,8 @@ mod ioctls {
     );
 }
 
-/// Restores a guest from the files of `bake` (`mem`, `state`, `root.img`) and placeholder drives in a directory below `scratch`, which must be on
-/// the same file system.
+/// Restores a guest from the files of `bake` (`mem`, `state`, `root.img`) and placeholder drives in a directory below
+/// `scratch`, which must be on the same file system.
 pub async fn restore(bake: &Path, firecracker: &Path, scratch: &Path, name: &str) -> Result<(Bare, Timing)> {
     let dir = scratch.join(name);
     fs::create_dir_all(dir.join("s"))?;

@@ -17,7 +17,7 @@ pub fn python(fixture: &Fixture) -> Result<()> {
     let suite = Path::new(env!("CARGO_MANIFEST_DIR")).join("clients/python");
     let python = virtual_environment(&suite.join("requirements.txt"))?;
     let mut run = Command::new(python);
-    run.args(["-m", "pytest", "-p", "no:schemathesis", "--durations=30"]).arg(&suite).current_dir(&suite);
+    run.args(["-m", "pytest", "-p", "no:schemathesis"]).arg(&suite).current_dir(&suite);
     if let Some(only) = std::env::var_os("PYTEST_K") {
         run.arg("-k").arg(only);
     }
