@@ -21,6 +21,7 @@ mod spawn;
 mod transfer;
 mod users;
 mod volumes;
+mod vsock;
 mod wire;
 mod write;
 
@@ -131,7 +132,7 @@ async fn listen() -> io::Result<()> {
                 let agent = agent.clone();
                 tokio::spawn(async move {
                     // Its end is the host's doing, or a restore's; there is nothing to say about it.
-                    let _ = serve(stream, agent).await;
+                    let _ = serve(vsock::Pieces(stream), agent).await;
                     drop(place);
                 });
             }

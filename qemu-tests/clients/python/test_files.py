@@ -1,4 +1,6 @@
+import hashlib
 import os
+import time
 
 import pytest
 from pandastack.exceptions import BadRequestError, NotFoundError
@@ -29,6 +31,19 @@ def test_upload_and_download(shared, tmp_path):
     shared.filesystem.download("/root/up load+1.bin", str(target))
 
     assert source.read_bytes() == target.read_bytes()
+
+
+def test_a_slow_download_gets_every_byte_once(http, shared):
+    shared.exec("seq -w 1000000 > /root/numbers")
+    answer = http("GET", f"/v1/sandboxes/{shared.id}/fs", params={"path": "/root/numbers"}, stream=True)
+    digest, read = hashlib.sha256(), 0
+    for chunk in answer.iter_content(65536):
+        digest.update(chunk)
+        read += len(chunk)
+        if read < 600000:
+            time.sleep(0.2)
+
+    assert digest.hexdigest() == shared.exec("sha256sum /root/numbers").stdout.split()[0]
 
 
 def test_overwriting_is_atomic_and_keeps_the_mode(shared):
