@@ -528,7 +528,7 @@ async fn signals_kill_and_sessions() {
     let exec = sh("trap 'echo caught; exit 5' USR1; echo ready; while :; do sleep 0.05; done");
     let mut stream = world.exec(exec).await;
     assert!(matches!(stream.next().await, Ok(ExecEvent::Stdout(_))));
-    stream.signal(10).await.expect("sent");
+    stream.signal(10);
     let outcome = collect(stream).await;
     assert_eq!((outcome.out(), outcome.exit.code), ("caught\n", 5));
 
@@ -561,7 +561,7 @@ async fn terminals() {
         text.push_str(std::str::from_utf8(&bytes).expect("UTF-8"));
     }
     assert!(text.starts_with("30 100\r\n/dev/pts/"), "{text:?}");
-    stream.resize(Window { rows: 10, cols: 20 }).await.expect("sent");
+    stream.resize(Window { rows: 10, cols: 20 });
     stream.stdin(b"word\r");
     let outcome = collect(stream).await;
     assert!(outcome.out().ends_with("got word\r\n10 20\r\nxterm-256color\r\n"), "{:?}", outcome.out());

@@ -72,7 +72,8 @@ pub fn hex(bytes: &[u8]) -> String {
     })
 }
 
-/// The token of a request: the bearer header, or `access_token` in the query where there is no such header.
+/// The token of a request: the bearer header; where there is no such header, `access_token` in the query, or what a browser
+/// can say when it opens a WebSocket, the subprotocol `bearer.<token>`.
 pub fn token_of(headers: &HeaderMap, access_token: Option<&str>) -> Result<Token, Problem> {
     let bearer = headers
         .get(header::AUTHORIZATION)
@@ -83,11 +84,32 @@ pub fn token_of(headers: &HeaderMap, access_token: Option<&str>) -> Result<Token
         .filter(|token| !token.is_empty());
     let given = bearer
         .or(access_token.filter(|token| !token.is_empty()))
+        .or_else(|| subprotocols(headers).find_map(|name| name.strip_prefix(SUBPROTOCOL)))
         .ok_or_else(|| Problem::unauthorized("missing bearer token"))?;
     if !given.starts_with("pds_") {
         return Err(Problem::unauthorized("jwt auth disabled"));
     }
     Token::parse(given).ok_or_else(|| Problem::unauthorized("invalid api token"))
+}
+
+const SUBPROTOCOL: &str = "bearer.";
+
+fn subprotocols(headers: &HeaderMap) -> impl Iterator<Item = &str> {
+    let offered = headers.get_all(header::SEC_WEBSOCKET_PROTOCOL).iter();
+    offered.filter_map(|value| value.to_str().ok()).flat_map(|names| names.split(',')).map(str::trim)
+}
+
+/// Takes every token out of the headers.
+pub fn remove_tokens(headers: &mut HeaderMap) {
+    headers.remove(header::AUTHORIZATION);
+    if headers.contains_key(header::SEC_WEBSOCKET_PROTOCOL) {
+        let rest: Vec<&str> = subprotocols(headers).filter(|name| !name.starts_with(SUBPROTOCOL)).collect();
+        let rest = rest.join(", ").parse();
+        headers.remove(header::SEC_WEBSOCKET_PROTOCOL);
+        if let Ok(rest) = rest {
+            headers.insert(header::SEC_WEBSOCKET_PROTOCOL, rest);
+        }
+    }
 }
 
 /// Takes `access_token` out of a query string: what remains, and the token.
@@ -136,6 +158,20 @@ mod tests {
 
         assert_eq!(token_of(&header, Some(two.reveal())).unwrap(), one);
         assert_eq!(token_of(&with("Basic eDp5"), Some(two.reveal())).unwrap(), two);
+    }
+
+    #[test]
+    fn a_subprotocol_can_be_the_token_and_is_taken_out() {
+        let token = Token::random();
+        let mut headers = HeaderMap::new();
+        let offered = format!("lsp, bearer.{}", token.reveal());
+        headers.insert(header::SEC_WEBSOCKET_PROTOCOL, offered.parse().unwrap());
+        assert_eq!(token_of(&headers, None).unwrap(), token);
+
+        headers.insert(header::AUTHORIZATION, "Bearer x".parse().unwrap());
+        remove_tokens(&mut headers);
+        assert_eq!(headers.len(), 1);
+        assert_eq!(headers[header::SEC_WEBSOCKET_PROTOCOL], "lsp");
     }
 
     #[test]

@@ -11,7 +11,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use http::{HeaderMap, HeaderValue, Method, Request, StatusCode, Uri, header};
+use http::{HeaderMap, HeaderValue, Method, Request, StatusCode, Uri};
 use http_body::{Body, Frame, SizeHint};
 use http_body_util::{BodyExt, combinators::BoxBody};
 use hyper::service::Service;
@@ -201,7 +201,7 @@ impl Gate {
             }
         };
         // What goes on knows neither the token nor, therefore, can leak it.
-        request.headers_mut().remove(header::AUTHORIZATION);
+        auth::remove_tokens(request.headers_mut());
         if let Ok(uri) = path.parse::<Uri>() {
             *request.uri_mut() = uri;
         }

@@ -11,8 +11,9 @@ use utoipa::{
 
 use crate::{
     routes::{
-        exec, execs, files, forks, lifecycle, me, meta, promote, sandboxes, snapshots, state, templates,
-        volumes,
+        exec, execs, files, forks, lifecycle, me, meta, promote, sandboxes, snapshots,
+        sockets::{commands, lsp, terminal},
+        state, templates, volumes,
     },
     wire,
 };
@@ -64,6 +65,11 @@ use crate::{
         volumes::delete,
         exec::exec,
         exec::exec_stream,
+        commands::exec_ws,
+        terminal::ssh,
+        terminal::pty,
+        lsp::serve,
+        lsp::languages,
         execs::list,
         execs::read,
         execs::kill,

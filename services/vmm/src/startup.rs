@@ -116,10 +116,10 @@ fn setting(ctx: &Context, credential: &str, variable: &str) -> Option<usize> {
     text.trim().parse().map_err(|error| tracing::error!("{credential} is no number: {error}")).ok()
 }
 
-/// A slot costs a few MiB; what it saves is process start, of which a core does only some per second. Half of them are
-/// dressed for templates.
+/// A slot costs a few MiB; what it saves is process start, of which a core does only some per second: creates tend to come
+/// in bursts. Half of them are dressed for templates.
 fn default_slots(cores: usize) -> usize {
-    (cores * 2).clamp(4, 32)
+    (cores * 4).clamp(8, 64)
 }
 
 /// Tells every change on the bus, in order.

@@ -133,16 +133,21 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> ExecStream<S> {
         self.input.queue.len()
     }
 
-    /// Sends a signal to every process of the session; 9 kills its whole cgroup.
-    pub async fn signal(&mut self, signal: u32) -> Result<(), ClientError> {
-        self.client.send(Kind::Signal, &signal.to_le_bytes()).await
+    /// Bytes of standard input, counted from the session's start, that the program took or will never take.
+    pub fn stdin_taken(&self) -> u64 {
+        self.input.taken
     }
 
-    /// Tells the size of the terminal.
-    pub async fn resize(&mut self, window: crate::Window) -> Result<(), ClientError> {
+    /// Queues a signal to every process of the session; 9 kills its whole cgroup. Travels like standard input, before it.
+    pub fn signal(&mut self, signal: u32) {
+        encode(Kind::Signal, &signal.to_le_bytes(), &mut self.client.out);
+    }
+
+    /// Queues the size of the terminal. Travels like standard input, before it.
+    pub fn resize(&mut self, window: crate::Window) {
         let mut payload = window.rows.to_le_bytes().to_vec();
         payload.extend_from_slice(&window.cols.to_le_bytes());
-        self.client.send(Kind::Resize, &payload).await
+        encode(Kind::Resize, &payload, &mut self.client.out);
     }
 
     /// The idle connection, once the exit has been received; `None` before.

@@ -14,12 +14,14 @@
 mod error;
 mod followers;
 mod session;
+mod stdin;
 mod still;
 mod stream;
 
 pub use error::GuestError;
 use followers::Followers;
 pub use session::Session;
+pub use stdin::Stdin;
 pub use still::Still;
 pub use stream::{AgentStream, Pulse};
 

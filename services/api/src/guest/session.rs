@@ -13,10 +13,12 @@ use std::{sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use pandastack_bus::{Error as BusError, SandboxId, vmm::State};
-use pandastack_protocol::{ClientError, Exec, ExecEvent, ExecStream, REPLAY_BYTES, Request, Started};
+use pandastack_protocol::{ClientError, Exec, ExecEvent, ExecStream, REPLAY_BYTES, Request, Started, Window};
 use tokio::time::Instant;
 
-use super::{ANSWER, ATTEMPTS, AgentStream, GuestError, Guests, Pulse, Wake, followers::Follower};
+use super::{
+    ANSWER, ATTEMPTS, AgentStream, GuestError, Guests, Pulse, Wake, followers::Follower, stdin::Stdin,
+};
 use crate::touch::Activity;
 
 const REATTACH_FOR: Duration = Duration::from_secs(20);
@@ -39,7 +41,8 @@ pub struct Session {
     started: Option<Started>,
     offset: u64,
     lost_since: Option<Instant>,
-    stdin: Option<Bytes>,
+    stdin: Option<Stdin>,
+    window: Option<Window>,
     ended: bool,
     still_before: Duration,
     follower: Follower,
@@ -47,19 +50,20 @@ pub struct Session {
 }
 
 impl Session {
-    /// Starts a command. `exec.session` is chosen here; `stdin` is all of its standard input.
+    /// Starts a command. `exec.session` is chosen here; without `stdin` its standard input is empty.
     pub async fn start(
         guests: &Arc<Guests>,
         sandbox: &str,
         mut exec: Exec,
-        stdin: Option<Bytes>,
+        stdin: Option<Stdin>,
         activity: Activity,
     ) -> Result<Self, GuestError> {
         exec.session = SandboxId::random().to_string();
         exec.stdin = stdin.is_some();
         let mut session = Self::new(guests, sandbox, &exec.session, exec.detach, activity);
         session.stdin = stdin;
-        if exec.detach {
+        session.window = exec.tty;
+        if exec.detach || exec.tty.is_some() {
             session.keep = KEEP;
         }
         let mut last = String::new();
@@ -144,6 +148,7 @@ impl Session {
             offset: 0,
             lost_since: None,
             stdin: None,
+            window: None,
             // Until the request is on its way there is nothing to kill.
             ended: true,
             still_before: guests.still.total(sandbox),
@@ -175,6 +180,51 @@ impl Session {
     /// Offset of the byte of output that comes next.
     pub fn offset(&self) -> u64 {
         self.offset
+    }
+
+    /// Takes a terminal over that [`Session::follow`] found: input goes on behind what the guest has, and unless it is a
+    /// detached one, dropping this kills it.
+    pub fn take_over(&mut self, detached: bool) {
+        self.detach = detached;
+        self.stdin = Some(Stdin::open(self.started.as_ref().map_or(0, |started| started.stdin)));
+    }
+
+    /// More standard input. It travels while [`Session::next`] is waited for.
+    pub fn write(&mut self, bytes: &[u8]) {
+        let Some(stdin) = &mut self.stdin else { return };
+        stdin.push(bytes);
+        if let Some((stream, _)) = &mut self.attached {
+            stream.stdin(bytes);
+        }
+    }
+
+    /// Bytes of standard input that the program did not take yet.
+    pub fn input_waiting(&mut self) -> usize {
+        let Some(stdin) = &mut self.stdin else { return 0 };
+        if let Some((stream, _)) = &self.attached {
+            stdin.confirm(stream.stdin_taken());
+        }
+        stdin.waiting()
+    }
+
+    /// The terminal has another size. Remembered for the next connection.
+    pub fn resize(&mut self, window: Window) {
+        self.window = Some(window);
+        if let Some((stream, _)) = &mut self.attached {
+            stream.resize(window);
+        }
+    }
+
+    /// A signal to all its processes; one that meets a lost connection is lost.
+    pub fn signal(&mut self, signal: u32) {
+        if let Some((stream, _)) = &mut self.attached {
+            stream.signal(signal);
+        }
+    }
+
+    /// Ends this without killing the command: somebody may come back to it for as long as the agent keeps orphans.
+    pub fn leave(mut self) {
+        self.ended = true;
     }
 
     /// For how long its sandbox has stood still since this began.
@@ -291,10 +341,15 @@ impl Session {
     /// Goes on with a stream: standard input from where the guest has it (its end may come twice), output behind.
     fn hold(&mut self, mut stream: ExecStream<AgentStream>, pulse: Pulse) {
         stream.keep(self.keep);
-        if let Some(stdin) = &self.stdin {
-            let from = usize::try_from(stream.started.stdin).unwrap_or(usize::MAX).min(stdin.len());
-            stream.stdin(&stdin[from..]);
-            stream.stdin_end();
+        if let Some(window) = self.window {
+            stream.resize(window);
+        }
+        if let Some(stdin) = &mut self.stdin {
+            stdin.confirm(stream.started.stdin);
+            stream.stdin(stdin.after(stream.started.stdin));
+            if stdin.is_ended() {
+                stream.stdin_end();
+            }
         }
         self.offset = self.offset.max(stream.offset());
         self.started = Some(stream.started.clone());

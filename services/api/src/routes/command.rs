@@ -12,13 +12,14 @@ use utoipa::ToSchema;
 
 use crate::{
     app::App,
-    guest::{GuestError, Session},
+    auth::Caller,
+    guest::{GuestError, Session, Stdin},
     input::{Input, environment, text, whole},
     problem::Problem,
 };
 
 /// Bytes of a request body: a command, its environment and its standard input.
-const BODY_LIMIT: usize = 4 << 20;
+pub const BODY_LIMIT: usize = 4 << 20;
 /// A frame of the guest's protocol is 1 MiB; this leaves room for its other fields.
 const COMMAND_LIMIT: usize = 900 << 10;
 /// Linux takes at most 128 KiB in one argument.
@@ -140,8 +141,13 @@ const TAKEN_OVER: &str = "another request follows this command now";
 /// Reads the request and starts its command.
 pub async fn start(app: &Arc<App>, id: &str, input: &mut Input) -> Result<Running, Problem> {
     let wish: ExecRequest = input.json(BODY_LIMIT).await?;
+    run(app, &input.caller, id, wish).await
+}
+
+/// Starts a command for a caller.
+pub async fn run(app: &Arc<App>, caller: &Caller, id: &str, wish: ExecRequest) -> Result<Running, Problem> {
     let (exec, stdin, timeout) = specify(wish)?;
-    app.own(&input.caller, id).await?;
+    app.own(caller, id).await?;
     let activity = app.touch.in_use(id);
     let session = Session::start(&app.guests, id, exec, stdin, activity)
         .await
@@ -158,7 +164,7 @@ pub fn refuse(app: &App, id: &str, error: GuestError) -> Problem {
     error.starting(id)
 }
 
-fn specify(wish: ExecRequest) -> Result<(Exec, Option<Bytes>, u64), Problem> {
+fn specify(wish: ExecRequest) -> Result<(Exec, Option<Stdin>, u64), Problem> {
     let cmd = wish.cmd.unwrap_or_default();
     if cmd.is_empty() {
         return Err(Problem::invalid("cmd required").with("field", "cmd"));
@@ -196,7 +202,7 @@ fn specify(wish: ExecRequest) -> Result<(Exec, Option<Bytes>, u64), Problem> {
             COMMAND_LIMIT >> 10
         )));
     }
-    let stdin = wish.stdin.filter(|stdin| !stdin.is_empty()).map(Bytes::from);
+    let stdin = wish.stdin.filter(|stdin| !stdin.is_empty()).map(|stdin| Stdin::whole(Bytes::from(stdin)));
     if exec.detach && stdin.is_some() {
         // Nobody would be there to send it again when a connection is lost.
         return Err(Problem::invalid(

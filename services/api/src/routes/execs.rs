@@ -112,17 +112,19 @@ fn wishes(input: &Input) -> Result<(u64, bool), Problem> {
 }
 
 /// The session that a path names.
-fn session_of(raw: &str) -> Result<SandboxId, Problem> {
+pub fn session_of(raw: &str) -> Result<SandboxId, Problem> {
     let name = segment(raw);
     name.parse().map_err(|_| no_session(&name))
 }
 
-fn no_session(name: &str) -> Problem {
+/// Nothing of this name.
+pub fn no_session(name: &str) -> Problem {
     let shown: String = name.chars().take(64).collect();
     Problem::not_found(format!("exec session {shown:?} not found"))
 }
 
-fn refuse_session(app: &App, id: &str, session: &SandboxId, error: GuestError) -> Problem {
+/// A guest's error about a session.
+pub fn refuse_session(app: &App, id: &str, session: &SandboxId, error: GuestError) -> Problem {
     match error {
         GuestError::Refused(failure) if failure.code == Code::NotFound => no_session(session.as_str()),
         other => refuse(app, id, other),

@@ -13,6 +13,7 @@ pub mod meta;
 pub mod promote;
 pub mod sandboxes;
 pub mod snapshots;
+pub mod sockets;
 pub mod state;
 pub mod templates;
 pub mod volumes;
@@ -57,6 +58,8 @@ pub fn all(app: &Arc<App>) -> BoxedFilter<(Response,)> {
         .or(snapshots::routes(app))
         .unify()
         .or(execs::routes(app))
+        .unify()
+        .or(sockets::routes(app))
         .unify()
         .or(volumes::routes(app))
         .unify()
