@@ -1,6 +1,6 @@
 // The published TypeScript client, unmodified. PANDASTACK_API and PANDASTACK_API_KEY say which appliance.
 import assert from "node:assert/strict";
-import { execFileSync } from "node:child_process";
+import { execFileSync, spawn } from "node:child_process";
 import { after, before, test } from "node:test";
 import { fileURLToPath } from "node:url";
 
@@ -90,4 +90,14 @@ test("the command line of the same package", async () => {
   const run = (...args) => execFileSync(process.execPath, [cli, ...args], { encoding: "utf8", timeout: 60000 });
   assert.match(run("sandbox", "list"), new RegExp(sandbox.id.slice(0, 8)));
   assert.match(run("sandbox", "exec", sandbox.id, "--", "echo", "from-cli"), /from-cli/);
+});
+
+test("a terminal from the command line", async () => {
+  const cli = fileURLToPath(new URL("./node_modules/@pandastack/sdk/dist/cli.js", import.meta.url));
+  const terminal = spawn(process.execPath, [cli, "ssh", sandbox.id], { stdio: ["pipe", "pipe", "inherit"] });
+  terminal.stdin.write("stty size; echo $((6 * 7)) of $TERM; exit 5\r");
+  let shown = "";
+  for await (const part of terminal.stdout) shown += part;
+  assert.match(shown, /24 80\r?\n42 of xterm-256color/);
+  assert.doesNotMatch(shown, /"exit"/);
 });

@@ -38,6 +38,8 @@ use crate::{
 pub const WHOLE: Duration = Duration::from_secs(25);
 /// Of this, a template that is still being baked may take so much.
 const BAKE_WAIT: Duration = Duration::from_secs(20);
+/// A create whose turn comes with less than this left is refused: a restore takes a part of it, on a busy machine, too.
+const LEAST: Duration = Duration::from_secs(5);
 /// Slots tried for one request.
 const ATTEMPTS: usize = 2;
 /// Longest name of a request, bytes.
@@ -170,7 +172,7 @@ impl<W: World> Manager<W> {
         claim: &mut Claim<'_>,
         sandbox: &record::Sandbox,
     ) -> Result<SandboxId> {
-        let _turn = timeout_at(deadline - RESTORE_ANSWER, self.restores.acquire())
+        let _turn = timeout_at(deadline - LEAST, self.restores.acquire())
             .await
             .map_err(|_| Error::NoCapacity("too many sandboxes are being made at once".into()))?;
         // Only those that are being made are about to take memory: a burst that waits takes none. A fork asked for all.
