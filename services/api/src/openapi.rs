@@ -11,8 +11,8 @@ use utoipa::{
 
 use crate::{
     routes::{
-        exec, execs, files, forks, lifecycle, me, meta, promote, sandboxes, snapshots, state, templates,
-        volumes,
+        cells, exec, execs, files, forks, lifecycle, me, meta, promote, repl, sandboxes, snapshots, state,
+        templates, volumes,
     },
     wire,
 };
@@ -67,6 +67,12 @@ use crate::{
         execs::list,
         execs::read,
         execs::kill,
+        repl::languages,
+        repl::once,
+        repl::open,
+        repl::list,
+        repl::close,
+        cells::run,
         files::read,
         files::write,
         files::delete,
