@@ -113,7 +113,7 @@ fn kernels(socket: &Path, start: &str) -> Kernels {
     }
 }
 
-fn outcome(more: Value) -> String {
+fn outcome(more: &Value) -> String {
     let mut outcome = json!({"stdout": "out\n", "stderr": "err\n", "exit": 0, "error": null, "results": [], "note": "",
         "duration_ms": 5, "truncated": false, "timed_out": false, "restarted": false});
     outcome.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
@@ -150,7 +150,7 @@ async fn a_session_is_opened_used_listed_and_closed() {
 
     let bundle = json!({"text/plain": "é\u{1F600}", "application/json": "{\"a\": 1}"});
     let ran =
-        run(&api, &id, &cell(&outcome(json!({"results": [bundle], "exit": 3, "error": "why"})), 0)).await;
+        run(&api, &id, &cell(&outcome(&json!({"results": [bundle], "exit": 3, "error": "why"})), 0)).await;
     assert_eq!(ran.status, 200);
     assert_eq!(
         ran.json(),
@@ -159,7 +159,7 @@ async fn a_session_is_opened_used_listed_and_closed() {
     );
     let big = "x\u{1}é\"".repeat(500_000);
     let ran =
-        run(&api, &id, &cell(&outcome(json!({"stdout": "", "results": [{"text/html": big}]})), 0)).await;
+        run(&api, &id, &cell(&outcome(&json!({"stdout": "", "results": [{"text/html": big}]})), 0)).await;
     assert_eq!(ran.status, 413);
     assert_eq!(api.send("DELETE", &format!("{sessions}/{SESSION}"), &[], b"").await.status, 204);
     assert_eq!(host.asked.lock().unwrap().last().unwrap(), &json!({"do": "close", "session": SESSION}));
@@ -230,7 +230,7 @@ async fn a_cell_whose_time_is_up_is_a_timeout_with_what_it_wrote() {
     let api = Api::new(&appliance);
     let id = api.sandbox().await;
     api.post(&format!("/v1/sandboxes/{id}/repl/sessions"), &json!({})).await;
-    let answer = outcome(json!({"exit": 124, "timed_out": true, "error": "Traceback"}));
+    let answer = outcome(&json!({"exit": 124, "timed_out": true, "error": "Traceback"}));
     let late = run(&api, &id, &cell(&answer, 0)).await;
     let body = late.json();
     assert_eq!(
@@ -249,7 +249,7 @@ async fn what_a_guest_makes_up_is_no_result() {
     let api = Api::new(&appliance);
     let id = api.sandbox().await;
     api.post(&format!("/v1/sandboxes/{id}/repl/sessions"), &json!({})).await;
-    let bundle = outcome(json!({"results": [{"text/plain": 1}]}));
+    let bundle = outcome(&json!({"results": [{"text/plain": 1}]}));
     for answer in ["", "null", "{}", "[1", "{\"ok\": 1}", "{\"ok\": {}}", &bundle, &"[".repeat(300_000)] {
         let reply = run(&api, &id, &cell(answer, 0)).await;
         assert_eq!(reply.status, 504, "{:.50}: {}", answer, reply.text());
@@ -264,7 +264,7 @@ async fn a_lost_connection_runs_no_cell_twice() {
     let id = api.sandbox().await;
     api.post(&format!("/v1/sandboxes/{id}/repl/sessions"), &json!({})).await;
     let large = "y".repeat(900_000);
-    let cell = cell(&outcome(json!({"stdout": large})), 1500);
+    let cell = cell(&outcome(&json!({"stdout": large})), 1500);
     let cut = async {
         for _ in 0..3 {
             tokio::time::sleep(Duration::from_millis(500)).await;
@@ -283,7 +283,7 @@ async fn a_client_that_hangs_up_takes_its_cell_back() {
     let api = Api::new(&appliance);
     let id = api.sandbox().await;
     api.post(&format!("/v1/sandboxes/{id}/repl/sessions"), &json!({})).await;
-    let cell = cell(&outcome(json!({})), 60_000);
+    let cell = cell(&outcome(&json!({})), 60_000);
     assert!(tokio::time::timeout(Duration::from_secs(2), run(&api, &id, &cell)).await.is_err());
     for _ in 0..100 {
         if host.taken_back.lock().unwrap().len() == 1 {
@@ -301,8 +301,8 @@ async fn a_long_cell_dribbles_and_whatever_becomes_of_it_is_a_result() {
     let id = api.sandbox().await;
     api.post(&format!("/v1/sandboxes/{id}/repl/sessions"), &json!({})).await;
     let (good, late, bad) = (
-        cell(&outcome(json!({})), 21_000),
-        cell(&outcome(json!({"timed_out": true, "error": "Traceback"})), 21_000),
+        cell(&outcome(&json!({})), 21_000),
+        cell(&outcome(&json!({"timed_out": true, "error": "Traceback"})), 21_000),
         cell("nonsense", 21_000),
     );
     let (good, late, bad) = tokio::join!(run(&api, &id, &good), run(&api, &id, &late), run(&api, &id, &bad));
