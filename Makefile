@@ -83,6 +83,8 @@ $(DENY):
 units: check
 	$(call say,unit and property tests)
 	@$(CARGO) test --quiet --locked --workspace
+	$(call say,the kernels of code-interpreter)
+	@templates/test_kernels.py
 
 appliance-tests: units image
 	$(call say,the booted appliance)

@@ -4,6 +4,7 @@
 //! again and what users run lives on.
 
 pub mod agent;
+pub mod connect;
 pub mod identity_files;
 pub mod init;
 pub mod layout;

@@ -1,4 +1,5 @@
-//! One binary, two lives: PID 1 of the guest, and, under the name `panda-agent`, the agent it starts.
+//! One binary, three lives: PID 1 of the guest; under the name `panda-agent` the agent it starts; and `connect SOCKET`, which the
+//! agent runs for the host as `/proc/self/exe connect SOCKET`, because the binary is in no file system that a guest sees.
 
 use std::process::ExitCode;
 
@@ -9,6 +10,10 @@ fn main() -> ExitCode {
     }
     if std::process::id() == 1 {
         guest_init::init::main();
+    }
+    let mut arguments = std::env::args_os().skip(1);
+    if arguments.next().is_some_and(|command| command == "connect") {
+        return guest_init::connect::main(arguments);
     }
     eprintln!("guest-init is the init of a PandaStack guest and does nothing elsewhere");
     ExitCode::from(2)

@@ -50,6 +50,24 @@ test("runCode in python and shell", async () => {
   assert.equal((await sandbox.runCode("echo $((6*7))", "shell")).stdout, "42\n");
 });
 
+test("code contexts keep their state and show what a notebook shows", async () => {
+  const notebook = await Sandbox.create({ template: "code-interpreter" }, client);
+  try {
+    const context = await notebook.createCodeContext("python");
+    await context.runCode("x = 41");
+    const ran = await context.runCode("import matplotlib.pyplot as plt\nprint('hi')\nplt.plot([1, 2])\nplt.show()\nx + 1");
+    assert.deepEqual([ran.stdout, ran.exit_code, ran.results.at(-1).text], ["hi\n", 0, "42"]);
+    assert.ok(ran.png.startsWith("iVBOR"));
+    assert.match((await context.runCode("1 / 0")).error, /ZeroDivisionError/);
+    await assert.rejects(context.runCode("import time; time.sleep(60)", { timeoutSeconds: 2 }), SandboxTimeout);
+    assert.equal((await context.runCode("x")).text, "41");
+    await context.close();
+    await assert.rejects(context.runCode("x"), NotFoundError);
+  } finally {
+    await notebook.kill();
+  }
+});
+
 test("files", async () => {
   await sandbox.filesystem.write("/tmp/ts dir/a+b.txt", "pändä");
   assert.equal(await sandbox.filesystem.read("/tmp/ts dir/a+b.txt"), "pändä");

@@ -26,6 +26,7 @@ use crate::{
     metrics::Metrics,
     output::Budget,
     problem::{Effect, Problem},
+    routes::kernels::Kernels,
     tenancy::Tenancy,
     touch::Touch,
 };
@@ -56,6 +57,8 @@ pub struct App {
     pub catalogue: Catalogue,
     /// Conversations with guests.
     pub guests: Arc<Guests>,
+    /// How the kernels in a guest are asked.
+    pub kernels: Kernels,
     /// Activity.
     pub touch: Arc<Touch>,
     /// Requests per workspace.
@@ -72,6 +75,15 @@ pub struct App {
 impl App {
     /// Over a bus connection on which vmm and storage are, or will be.
     pub async fn new(bus: &zbus::Connection, tenancy: Tenancy) -> zbus::Result<Arc<Self>> {
+        Self::with_kernels(bus, tenancy, Kernels::default()).await
+    }
+
+    /// The same for guests whose kernels are asked in another way.
+    pub async fn with_kernels(
+        bus: &zbus::Connection,
+        tenancy: Tenancy,
+        kernels: Kernels,
+    ) -> zbus::Result<Arc<Self>> {
         // No property caches: nothing of ours has properties, and a daemon that is away must not fail this.
         let vmm = VmmProxy::builder(bus).cache_properties(zbus::proxy::CacheProperties::No).build().await?;
         let storage =
@@ -82,6 +94,7 @@ impl App {
             vmm,
             storage,
             catalogue: Catalogue::default(),
+            kernels,
             touch: Arc::default(),
             limiter: Limiter::default(),
             metrics: Metrics::default(),

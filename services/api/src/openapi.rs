@@ -11,7 +11,7 @@ use utoipa::{
 
 use crate::{
     routes::{
-        exec, execs, files, forks, lifecycle, me, meta, promote, sandboxes, snapshots,
+        cells, exec, execs, files, forks, lifecycle, me, meta, promote, repl, sandboxes, snapshots,
         sockets::{commands, lsp, terminal},
         state, templates, volumes,
     },
@@ -73,6 +73,12 @@ use crate::{
         execs::list,
         execs::read,
         execs::kill,
+        repl::languages,
+        repl::once,
+        repl::open,
+        repl::list,
+        repl::close,
+        cells::run,
         files::read,
         files::write,
         files::delete,

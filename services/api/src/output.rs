@@ -235,6 +235,11 @@ impl Collected {
         self.bytes.len()
     }
 
+    /// What there is.
+    pub fn bytes(&self) -> &[u8] {
+        &self.bytes
+    }
+
     /// Whether there is nothing.
     pub fn is_empty(&self) -> bool {
         self.bytes.is_empty()

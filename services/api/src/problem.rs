@@ -254,7 +254,7 @@ pub fn calm(text: &str) -> String {
 }
 
 /// Without the words by which clients recognise a command's own time limit.
-fn untimed(text: &str) -> String {
+pub fn untimed(text: &str) -> String {
     let lower = text.to_ascii_lowercase();
     if lower.contains("timeout") || lower.contains("deadline exceeded") {
         return "the guest did not answer in time".into();

@@ -22,14 +22,15 @@ use crate::{
 };
 
 /// After so long a plain exec sends its headers, and spaces from then on: the clients wait at most 30 s for a byte.
-const DRIBBLE_AFTER: Duration = Duration::from_secs(20);
-const DRIBBLE_EVERY: Duration = Duration::from_secs(5);
+pub const DRIBBLE_AFTER: Duration = Duration::from_secs(20);
+/// How often it sends one.
+pub const DRIBBLE_EVERY: Duration = Duration::from_secs(5);
 /// A stream says something at least so often.
 pub const KEEP_ALIVE_EVERY: Duration = Duration::from_secs(10);
 /// How long the reader of a stream may stand still: the command waits for it meanwhile, then both end.
 pub const STALLED_FOR: Duration = Duration::from_secs(600);
 /// Larger results are sent in pieces instead of being put together first.
-const WHOLE: usize = 256 << 10;
+pub const WHOLE: usize = 256 << 10;
 
 /// The routes of this file.
 pub fn routes(app: &Arc<App>) -> BoxedFilter<(Response,)> {
@@ -100,14 +101,16 @@ pub struct ExecTimeout {
 /// A plain exec under way.
 struct Whole {
     running: Running,
+    /// Further keys of the result, each as JSON with a comma behind it.
+    keys: String,
     stdout: Collected,
     stderr: Collected,
 }
 
 impl Whole {
-    fn new(running: Running, share: &Share) -> Self {
+    fn new(running: Running, keys: String, share: &Share) -> Self {
         let collected = || Collected::new(share, STREAM_CAP);
-        Self { running, stdout: collected(), stderr: collected() }
+        Self { running, keys, stdout: collected(), stderr: collected() }
     }
 
     /// Collects until the end. Cancel-safe.
@@ -127,7 +130,7 @@ impl Whole {
         let truncated = self.stdout.truncated || self.stderr.truncated;
         let tail =
             format!("\",\"exit_code\":{exit_code},\"duration_ms\":{duration_ms},\"truncated\":{truncated}}}");
-        std::iter::once(format!("{{{front}\"stdout\":\""))
+        std::iter::once(format!("{{{front}{}\"stdout\":\"", self.keys))
             .chain(self.stdout.json_pieces())
             .chain(std::iter::once("\",\"stderr\":\"".to_owned()))
             .chain(self.stderr.json_pieces())
@@ -217,9 +220,16 @@ pub async fn exec(app: Arc<App>, id: String, mut input: Input) -> Answer {
             &Detached { session_id: running.session.id().to_owned(), pid },
         ));
     }
-    let mut whole = Whole::new(running, &app.budget.of(&input.caller.workspace));
+    let share = app.budget.of(&input.caller.workspace);
+    to_the_end(running, String::new(), &share, &input.request_id).await
+}
+
+/// Follows a command and answers with everything it wrote, and with `keys`: more of the result's object, each as JSON with a
+/// comma behind it.
+pub async fn to_the_end(running: Running, keys: String, share: &Share, request_id: &str) -> Answer {
+    let mut whole = Whole::new(running, keys, share);
     if let Ok(end) = tokio::time::timeout(DRIBBLE_AFTER, whole.collect()).await {
-        return whole.answer(end, &input.request_id).await;
+        return whole.answer(end, request_id).await;
     }
     let (sender, arriving) = pieces(UNREAD_FOR);
     tokio::spawn(whole.dribble(sender));

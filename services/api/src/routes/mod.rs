@@ -2,15 +2,18 @@
 //!
 //! Owns: which handler belongs to which path (the list of paths is [`crate::table`]; a test holds both together).
 
+pub mod cells;
 pub mod command;
 pub mod exec;
 pub mod execs;
 pub mod files;
 pub mod forks;
+pub mod kernels;
 pub mod lifecycle;
 pub mod me;
 pub mod meta;
 pub mod promote;
+pub mod repl;
 pub mod sandboxes;
 pub mod snapshots;
 pub mod sockets;
@@ -44,6 +47,10 @@ pub fn all(app: &Arc<App>) -> BoxedFilter<(Response,)> {
     // The most frequent first.
     exec::routes(app)
         .or(files::routes(app))
+        .unify()
+        .or(cells::routes(app))
+        .unify()
+        .or(repl::routes(app))
         .unify()
         .or(sandboxes::routes(app))
         .unify()

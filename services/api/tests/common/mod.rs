@@ -11,7 +11,14 @@ use std::{
     sync::{Arc, atomic::AtomicUsize},
 };
 
-use pandastack_api::{app::App, auth::Token, gate::Gate, listener, routes, tenancy::Tenancy};
+use pandastack_api::{
+    app::App,
+    auth::Token,
+    gate::Gate,
+    listener,
+    routes::{self, kernels::Kernels},
+    tenancy::Tenancy,
+};
 use pandastack_bus::{storage::Storage, vmm::Vmm, zbus};
 pub use storage::{FakeStorage, Shelf};
 use tokio::net::TcpListener;
@@ -34,11 +41,11 @@ pub struct Appliance {
 impl Appliance {
     /// Starts one on a free port.
     pub async fn start() -> Self {
-        Self::start_at("127.0.0.1:0").await
+        Self::start_at("127.0.0.1:0", Kernels::default()).await
     }
 
-    /// Starts one.
-    pub async fn start_at(address: &str) -> Self {
+    /// Starts one whose guests' kernels are asked like this.
+    pub async fn start_at(address: &str, kernels: Kernels) -> Self {
         let shelf = Arc::<Shelf>::default();
         let vmm = FakeVmm::new(Arc::clone(&shelf));
         let storage = Arc::new(FakeStorage { asked: AtomicUsize::new(0), shelf: Arc::clone(&shelf) });
@@ -58,7 +65,7 @@ impl Appliance {
         let state = tempfile::tempdir().unwrap();
         let tenancy = Tenancy::open(state.path()).unwrap();
         tenancy.first_boot(Token::parse(TOKEN), |_| unreachable!("a preset is there")).await.unwrap();
-        let app = App::new(&bus, tenancy).await.unwrap();
+        let app = App::with_kernels(&bus, tenancy, kernels).await.unwrap();
         app.start().await.unwrap();
         let gate = Gate::new(Arc::clone(&app), routes::all(&app));
         let listener = TcpListener::bind(address).await.unwrap();

@@ -1,0 +1,342 @@
+#!/usr/bin/python3 -B
+"""The kernels' host of code-interpreter, with real kernels, on this machine.
+
+Runs in a virtual environment of its own in ${XDG_CACHE_HOME:-~/.cache}/pandastack/kernels-test, with the versions that the template
+has; made when it is missing or they change.
+"""
+
+import asyncio
+import contextlib
+import json
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import tomllib
+import unittest
+
+HERE = pathlib.Path(__file__).resolve().parent / "code-interpreter"
+KERNELS = HERE / "kernels"
+NEEDED = ("ipykernel", "ipython", "jupyter-client", "jupyter-core", "matplotlib", "pandas", "numpy")
+
+
+def environment():
+    """Goes on in the virtual environment."""
+    packages = tomllib.loads((HERE / "template.toml").read_text())["python"]["packages"]
+    wanted = [package for package in packages if package.partition("==")[0] in NEEDED]
+    cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "pandastack/kernels-test"
+    mark = cache / "installed"
+    if not mark.exists() or mark.read_text() != "\n".join(wanted):
+        shutil.rmtree(cache, ignore_errors=True)
+        subprocess.run([sys.executable, "-m", "venv", cache], check=True)
+        subprocess.run([cache / "bin/python", "-m", "pip", "install", "-q", "--disable-pip-version-check", "--only-binary=:all:", *wanted], check=True)
+        mark.write_text("\n".join(wanted))
+    if pathlib.Path(sys.prefix) != cache:
+        os.execv(cache / "bin/python", [str(cache / "bin/python"), "-B", __file__, *sys.argv[1:]])
+
+
+if __name__ == "__main__":
+    environment()
+sys.path.insert(0, str(KERNELS))
+
+import kernel as kernels  # noqa: E402
+from cell import RESULT_BYTES, STREAM_BYTES, Cell, ending, texts  # noqa: E402
+from host import SESSIONS, Host, serve  # noqa: E402
+
+
+def message(kind, **content):
+    return {"header": {"msg_type": kind}, "content": content}
+
+
+def stream(text, name="stdout"):
+    return message("stream", name=name, text=text)
+
+
+class CellTest(unittest.TestCase):
+    """What a cell writes, without a kernel."""
+
+    def test_a_mark_is_taken_out_wherever_it_is_cut(self):
+        mark = "\x1eabc\x1e"
+        whole = f"x\x1ea\x1e{mark}y"
+        for cut in range(len(whole) + 1):
+            for other in range(cut, len(whole) + 1):
+                cell = Cell("r", mark)
+                for piece in (whole[:cut], whole[cut:other], whole[other:]):
+                    cell.take(stream(piece))
+                self.assertTrue(cell.streams["stdout"].marked, (cut, other))
+                self.assertEqual(cell.streams["stdout"].whole(), "x\x1ea\x1ey", (cut, other))
+
+    def test_what_only_begins_like_a_mark_is_kept(self):
+        cell = Cell("r", "\x1eabc\x1e")
+        cell.take(stream("x\x1eab"))
+        self.assertFalse(cell.complete)
+        self.assertEqual(cell.streams["stdout"].whole(), "x\x1eab")
+
+    def test_streams_are_bounded_and_no_character_is_cut(self):
+        cell = Cell("r")
+        cell.take(stream("a"))
+        for _ in range(3):
+            cell.take(stream("é" * (STREAM_BYTES // 2)))
+        cell.take(stream("short", "stderr"))
+        self.assertEqual(len(cell.streams["stdout"].whole().encode()), STREAM_BYTES - 1)
+        self.assertTrue(cell.truncated and cell.streams["stdout"].truncated and not cell.streams["stderr"].truncated)
+
+    def test_of_a_bundle_too_large_the_small_representations_are_kept(self):
+        cell = Cell("r")
+        data = {"image/png": "x" * RESULT_BYTES, "text/plain": "a picture"}
+        cell.take(message("display_data", data=data))
+        self.assertEqual((cell.bundles, cell.truncated), ([{"text/plain": "a picture"}], True))
+        for _ in range(1000):
+            cell.take(message("display_data", data={"text/plain": "x" * 100_000}))
+        self.assertLess(len(json.dumps(cell.bundles)), RESULT_BYTES + 10_000)
+
+    def test_values_are_strings(self):
+        self.assertEqual(texts({"application/json": {"a": [1, "ü"]}, "text/plain": "x\ud800"}),
+                         {"application/json": '{"a": [1, "ü"]}', "text/plain": "x?"})
+
+    def test_a_display_is_replaced_and_cleared(self):
+        cell = Cell("r")
+        for kind, text in (("display_data", "1"), ("display_data", "other"), ("update_display_data", "2")):
+            transient = {} if text == "other" else {"display_id": "d"}
+            cell.take(message(kind, data={"text/plain": text}, transient=transient))
+        self.assertEqual(cell.bundles, [{"text/plain": "2"}, {"text/plain": "other"}])
+        cell.take(stream("gone"))
+        cell.take(message("clear_output", wait=True))
+        self.assertEqual(len(cell.bundles), 2)
+        cell.take(stream("new"))
+        self.assertEqual((cell.bundles, cell.streams["stdout"].whole()), ([], "new"))
+
+    def test_endings(self):
+        error = {"status": "error", "ename": "E", "evalue": "v", "traceback": ["\x1b[31mred\x1b[0m", "\x1b]8;;x\x07link"]}
+        self.assertEqual(ending({"status": "ok"}), (0, None))
+        self.assertEqual(ending(error), (1, "red\nlink"))
+        self.assertEqual(ending({"status": "aborted"})[0], 1)
+        exits = (("", 0), ("None", 0), ("0", 0), ("3", 3), ("-1", 255), ("256", 0), ("no", 1), ("9" * 30, 1))
+        for value, code in exits:
+            self.assertEqual(ending({"status": "error", "ename": "SystemExit", "evalue": value})[0], code, value)
+
+
+class KernelTest(unittest.IsolatedAsyncioTestCase):
+    """Real kernels behind the real socket."""
+
+    # Tests for which the first kernel has imported what it has in a template.
+    WARM = ("test_values_pictures_tables_and_streams", "test_a_copy_of_the_machine_draws_and_signs_anew")
+
+    async def asyncSetUp(self):
+        self.folder = pathlib.Path(tempfile.mkdtemp(prefix="k"))
+        kernels.MACHINE_ID = self.folder / "machine-id"
+        kernels.MACHINE_ID.write_text("first\n")
+        os.environ["KERNELS_CWD"] = str(self.folder)
+        self.started = asyncio.Event()
+        self.host = asyncio.create_task(serve(self.folder / "h", self._testMethodName in self.WARM, self.started.set))
+        await asyncio.wait_for(self.started.wait(), 60)
+        self.session = (await self.ask(do="open", language="python"))["ok"]["session"]
+
+    async def asyncTearDown(self):
+        self.host.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self.host
+        shutil.rmtree(self.folder)
+
+    async def connect(self, **request):
+        reader, writer = await asyncio.open_unix_connection(self.folder / "h/socket", limit=64 << 20)
+        writer.write(json.dumps(request).encode() + b"\n")
+        return reader, writer
+
+    async def ask(self, **request):
+        reader, writer = await self.connect(**request)
+        line = await reader.readline()
+        writer.close()
+        return json.loads(line)
+
+    async def run_cell(self, code, seconds=30, session=None):
+        answer = await self.ask(do="run", session=session or self.session, code=code, timeout_ms=int(seconds * 1000))
+        return answer["ok"]
+
+    async def test_values_pictures_tables_and_streams(self):
+        first = await self.run_cell("import matplotlib.pyplot as plt, pandas as pd\nx = 41\nprint('hi')\nplt.plot([1, 2])\nplt.show()\npd.DataFrame({'a': [x]})")
+        self.assertEqual((first["stdout"], first["stderr"], first["exit"], first["error"]), ("hi\n", "", 0, None))
+        picture, table = first["results"]
+        self.assertTrue(picture["image/png"].startswith("iVBOR"))
+        self.assertIn("<table", table["text/html"])
+        self.assertIn("41", table["text/plain"])
+        self.assertEqual((await self.run_cell("x + 1"))["results"], [{"text/plain": "42"}])
+        self.assertEqual((await self.run_cell("x = None\nx"))["results"], [])
+        json_ = await self.run_cell("from IPython.display import JSON\nJSON({'a': 1})")
+        self.assertEqual(json.loads(json_["results"][0]["application/json"]), {"a": 1})
+        listed = (await self.ask(do="list"))["ok"]
+        self.assertEqual([(one["session"], one["language"], one["cells"]) for one in listed], [(self.session, "python", 4)])
+
+    async def test_output_of_descriptors_and_subprocesses_is_whole_and_in_order(self):
+        code = ("import os, subprocess, sys\nfor i in range(20):\n    print('a', i)\n    sys.stdout.flush()\n    os.write(1, b'raw\\n')\n"
+                "    subprocess.run(['sh', '-c', 'echo sub; echo err >&2'])\n")
+        for _ in range(5):
+            got = await self.run_cell(code)
+            self.assertEqual(sorted(got["stdout"].splitlines()), sorted([f"a {i}" for i in range(20)] + ["raw", "sub"] * 20))
+            self.assertEqual(re.sub(r"a \d+\n", "", got["stdout"]), "raw\nsub\n" * 20)
+            self.assertEqual(got["stderr"], "err\n" * 20)
+        many = await self.run_cell("!seq 1 100000")
+        self.assertEqual(many["stdout"], "".join(f"{i}\n" for i in range(1, 100_001)))
+        apart = await self.run_cell("!echo out; echo err >&2")
+        self.assertEqual((apart["stdout"], apart["stderr"]), ("out\n", "err\n"))
+        file = await self.run_cell("saved = os.dup(1)\nf = os.open('f', os.O_WRONLY | os.O_CREAT)\nos.dup2(f, 1)\nos.write(1, b'mine')")
+        self.assertEqual(file["exit"], 0)
+        self.assertEqual((await self.run_cell("os.dup2(saved, 1)\nopen('f').read()"))["results"], [{"text/plain": "'mine'"}])
+        flood = await self.run_cell("print('x' * 3_000_000)")
+        self.assertEqual((len(flood["stdout"]), flood["truncated"]), (STREAM_BYTES, True))
+        self.assertEqual((await self.run_cell("1"))["stdout"], "")
+
+    async def test_errors_and_exits(self):
+        failed = await self.run_cell("def f():\n    1 / 0\nf()")
+        self.assertEqual(failed["exit"], 1)
+        self.assertTrue(failed["error"].startswith("Traceback (most recent call last):"))
+        self.assertIn("ZeroDivisionError: division by zero", failed["error"])
+        self.assertNotIn("\x1b", failed["error"])
+        self.assertIn("SyntaxError", (await self.run_cell("def f(:"))["error"])
+        for code, exit in (("import sys; sys.exit(3)", 3), ("exit(4)", 4), ("quit()", 0), ("raise SystemExit('text')", 1)):
+            got = await self.run_cell(code)
+            self.assertEqual((got["exit"], got["stderr"], got["restarted"]), (exit, "", False), code)
+        self.assertIn("StdinNotImplementedError", (await self.run_cell("input('?')", 5))["error"])
+        self.assertEqual((await self.run_cell("import sys; sys.stdin.read()", 5))["results"], [{"text/plain": "''"}])
+        self.assertEqual((await self.run_cell("f.__name__"))["results"], [{"text/plain": "'f'"}])
+
+    async def test_a_timeout_interrupts_and_the_session_goes_on(self):
+        await self.run_cell("import time, subprocess\nx = 7")
+        for slow in ("print('part')\ntime.sleep(60)", "print('part')\nsubprocess.run(['sleep', '60'])", "print('part')\nwhile True: pass", "print('part')\n!sleep 60"):
+            began = time.monotonic()
+            late = await self.run_cell(slow, 0.7)
+            self.assertEqual((late["timed_out"], late["exit"], late["stdout"], late["restarted"]), (True, 124, "part\n", False), slow)
+            self.assertLess(time.monotonic() - began, 4)
+            self.assertEqual((await self.run_cell("x"))["results"], [{"text/plain": "7"}], slow)
+
+    async def test_a_kernel_that_does_not_end_its_cell_is_replaced(self):
+        await self.run_cell("import time\nx = 7")
+        late = await self.run_cell("while True:\n    try:\n        time.sleep(1)\n    except KeyboardInterrupt:\n        pass", 0.5)
+        self.assertEqual((late["timed_out"], late["restarted"]), (True, True))
+        self.assertIn("lost", late["note"])
+        after = await self.run_cell("x")
+        self.assertIn("NameError", after["error"])
+        self.assertFalse(after["restarted"])
+
+    async def test_a_kernel_that_dies_is_replaced(self):
+        died = await self.run_cell("import os\nprint('before', flush=True)\nos._exit(7)")
+        self.assertEqual((died["exit"], died["restarted"], died["stdout"]), (7, True, "before\n"))
+        self.assertIn("exit code 7", died["error"])
+        killed = await self.run_cell("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)")
+        self.assertEqual((killed["exit"], killed["restarted"]), (137, True))
+        # Between two cells: the next one runs in the new kernel, and says so.
+        await self.run_cell("import os, threading\nthreading.Timer(0.2, os._exit, [3]).start()")
+        await asyncio.sleep(1)
+        after = await self.run_cell("1 + 1")
+        self.assertEqual((after["results"], after["restarted"], after["exit"]), ([{"text/plain": "2"}], True, 0))
+        self.assertIn("exit code 3", after["stderr"])
+
+    async def test_cells_of_a_session_wait_for_each_other_and_a_client_that_goes_takes_its_cell_back(self):
+        await self.run_cell("import time\nlog = []")
+        both = await asyncio.gather(*(self.run_cell(f"log.append({n}); time.sleep(0.3); log.append({n})") for n in (1, 2)))
+        self.assertEqual([one["exit"] for one in both], [0, 0])
+        log = json.loads((await self.run_cell("log"))["results"][0]["text/plain"])
+        self.assertIn(log, ([1, 1, 2, 2], [2, 2, 1, 1]))
+        reader, writer = await self.connect(do="run", session=self.session, code="time.sleep(60)", timeout_ms=60_000)
+        await asyncio.sleep(0.3)
+        waiting = await self.run_cell("log.append(3)", 0.3)
+        self.assertEqual((waiting["timed_out"], waiting["exit"]), (True, 124))
+        writer.close()
+        got = await self.run_cell("log[-1]", 5)
+        self.assertNotEqual(got["results"], [{"text/plain": "3"}])
+        self.assertEqual(got["exit"], 0)
+
+    async def test_a_copy_of_the_machine_draws_and_signs_anew(self):
+        seeded = "import random, numpy, ssl\nrandom.seed(1); numpy.random.seed(1)"
+        draw = "(random.random(), float(numpy.random.random()))"
+        key = "get_ipython().kernel.session.key.decode()"
+        await self.run_cell(seeded)
+        as_seeded = (await self.run_cell(draw))["results"]
+        old = (await self.run_cell(key))["results"]
+        await self.run_cell(seeded)
+        # Awake again: the same machine.
+        self.assertEqual((await self.run_cell(draw))["results"], as_seeded)
+        draws, keys = [as_seeded], [old]
+        for copy in ("second", "third"):
+            await self.run_cell(seeded)
+            kernels.MACHINE_ID.write_text(copy)
+            draws.append((await self.run_cell(draw))["results"])
+            keys.append((await self.run_cell(key))["results"])
+        self.assertEqual(len({json.dumps(one) for one in draws}), 3)
+        self.assertEqual(len({json.dumps(one) for one in keys}), 3)
+        # And everything still works: output, interrupts, and no second renewal.
+        late = await self.run_cell("import time\nprint('part')\ntime.sleep(60)", 0.5)
+        self.assertEqual((late["timed_out"], late["stdout"], late["restarted"]), (True, "part\n", False))
+        self.assertEqual((await self.run_cell(key))["results"], keys[-1])
+        # A kernel that cannot be made unique does not go on.
+        await self.run_cell("import sys; sys.modules['_pandastack_kernel'] = None; x = 1")
+        kernels.MACHINE_ID.write_text("fourth")
+        got = await self.run_cell("x")
+        self.assertIn("NameError", got["error"])
+        self.assertTrue(got["restarted"])
+
+    async def test_a_user_cannot_hide_what_renewal_needs_by_accident(self):
+        await self.run_cell("import random\nrandom.seed(1)\nexec = open = m = kernel = sys = None\nx = 5")
+        kernels.MACHINE_ID.write_text("second")
+        got = await self.run_cell("x")
+        self.assertEqual((got["results"], got["restarted"]), ([{"text/plain": "5"}], False))
+
+    async def test_sessions_are_apart_limited_and_end(self):
+        more = [(await self.ask(do="open", language=name))["ok"]["session"] for name in ("py", "python3")]
+        await self.run_cell("x = 'one'")
+        self.assertIn("NameError", (await self.run_cell("x", session=more[0]))["error"])
+        host_full = [await self.ask(do="open", language="python") for _ in range(SESSIONS - 3 + 1)]
+        self.assertEqual([answer.get("error") for answer in host_full], [None] * (SESSIONS - 3) + ["limit"])
+        reader, writer = await self.connect(do="run", session=more[0], code="import time; time.sleep(60)", timeout_ms=60_000)
+        await asyncio.sleep(0.5)
+        self.assertEqual(await self.ask(do="close", session=more[0]), {"ok": True})
+        self.assertEqual(json.loads(await reader.readline())["error"], "failed")
+        writer.close()
+        for request in ({"do": "run", "code": "1", "timeout_ms": 1000}, {"do": "close"}):
+            self.assertEqual((await self.ask(session=more[0], **request))["error"], "no_session")
+        self.assertEqual(len((await self.ask(do="list"))["ok"]), SESSIONS - 1)
+
+    async def test_wrong_requests_are_refused(self):
+        for request, word in (({"do": "open", "language": "cobol"}, "unknown_language"), ({"do": "open", "language": "../python"}, "unknown_language"),
+                              ({"do": "open"}, "invalid"), ({}, "invalid"), ({"do": "run", "session": "x", "code": "1", "timeout_ms": 1}, "no_session"),
+                              ({"do": "run", "session": self.session, "code": "1", "timeout_ms": 0}, "invalid"),
+                              ({"do": "run", "session": self.session, "code": "", "timeout_ms": 1}, "invalid"),
+                              ({"do": "run", "session": self.session, "code": "x" * (1 << 20 | 1), "timeout_ms": 1}, "invalid"),
+                              ({"do": "list", "more": "x" * (9 << 20)}, "invalid")):
+            with contextlib.suppress(ConnectionError):
+                self.assertEqual((await self.ask(**request))["error"], word, str(request)[:80])
+        reader, writer = await asyncio.open_unix_connection(self.folder / "h/socket")
+        writer.write(b"[1]\n")
+        self.assertEqual(json.loads(await reader.readline())["error"], "invalid")
+        writer.close()
+        self.assertEqual(os.stat(self.folder / "h").st_mode & 0o777, 0o700)
+
+    async def test_only_one_host_serves(self):
+        await asyncio.wait_for(serve(self.folder / "h", False), 5)
+        self.assertEqual((await self.run_cell("1"))["results"], [{"text/plain": "1"}])
+
+
+class CommandTest(unittest.TestCase):
+    def test_start_returns_when_requests_are_taken_and_leaves_a_host_behind(self):
+        import socket
+        with tempfile.TemporaryDirectory(prefix="k") as folder:
+            environment = os.environ | {"KERNELS_FOLDER": f"{folder}/h", "KERNELS_CWD": folder}
+            start = [sys.executable, "-B", str(KERNELS), "start"]
+            for _ in range(2):
+                subprocess.run(start, env=environment, check=True, timeout=60)
+            with socket.socket(socket.AF_UNIX) as asked:
+                asked.connect(f"{folder}/h/socket")
+                asked.sendall(b'{"do":"list"}\n')
+                self.assertEqual(json.loads(asked.makefile().readline()), {"ok": []})
+                pid = int.from_bytes(asked.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)[:4], sys.byteorder)
+            os.kill(pid, 15)
+            while pathlib.Path(f"/proc/{pid}").exists() and " Z " not in pathlib.Path(f"/proc/{pid}/stat").read_text():
+                time.sleep(0.05)
+
+
+if __name__ == "__main__":
+    unittest.main()
