@@ -6,7 +6,7 @@
 //! ```text
 //!   listener ──► gate ──► routes ──► vmm, storage (D-Bus: decisions)
 //!   (sockets)   (id, token,  └─────► guest ──► agent (a stream from vmm: bytes)
-//!                limit, log)
+//!                limit, log)        mcp: what a model's tool call is, the same routes behind it
 //! ```
 
 pub mod app;
@@ -19,6 +19,7 @@ pub mod guest;
 pub mod input;
 pub mod limit;
 pub mod listener;
+pub mod mcp;
 pub mod metrics;
 pub mod openapi;
 pub mod operator;

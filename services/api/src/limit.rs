@@ -1,5 +1,5 @@
-//! The limits per workspace: a token bucket for the rate, and how many requests are under way. Pure but for the lock; time is
-//! given.
+//! The limits per workspace: a token bucket for the rate, how many requests are under way, and how many tools were called in
+//! the last minute. Pure but for the lock; time is given.
 //!
 //! The clients repeat a GET or DELETE that was answered 404 once; that repetition is free.
 
@@ -17,6 +17,9 @@ pub const BURST: f64 = 200.0;
 pub const PER_SECOND: f64 = 100.0;
 /// Requests of a workspace under way at one time, their answers' streams included.
 pub const AT_ONCE: usize = 512;
+/// Calls of tools (MCP) in a minute.
+pub const TOOL_CALLS: usize = 60;
+const MINUTE: Duration = Duration::from_secs(60);
 const FREE_FOR: Duration = Duration::from_secs(2);
 const REMEMBERED: usize = 64;
 
@@ -26,12 +29,13 @@ struct Bucket {
     at: Instant,
     missing: VecDeque<(u64, Instant)>,
     places: Arc<Semaphore>,
+    tools: VecDeque<Instant>,
 }
 
 impl Bucket {
     fn new(now: Instant) -> Self {
         let places = Arc::new(Semaphore::new(AT_ONCE));
-        Self { tokens: BURST, at: now, missing: VecDeque::new(), places }
+        Self { tokens: BURST, at: now, missing: VecDeque::new(), places, tools: VecDeque::new() }
     }
 }
 
@@ -83,6 +87,18 @@ impl Limiter {
         Arc::clone(&bucket.places).try_acquire_owned().ok()
     }
 
+    /// Counts the call of a tool; `false`: it is one too many.
+    pub fn tool(&self, workspace: &str, now: Instant) -> bool {
+        let mut buckets = self.0.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let bucket = buckets.entry(workspace.to_owned()).or_insert_with(|| Bucket::new(now));
+        bucket.tools.retain(|at| now.saturating_duration_since(*at) < MINUTE);
+        let fits = bucket.tools.len() < TOOL_CALLS;
+        if fits {
+            bucket.tools.push_back(now);
+        }
+        fits
+    }
+
     /// A counted GET or DELETE was answered 404: its next repetition is free.
     pub fn missed(&self, workspace: &str, key: u64, now: Instant) {
         let mut buckets = self.0.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
@@ -106,6 +122,17 @@ mod tests {
         assert_eq!(passed(start), BURST as usize);
         assert_eq!(limiter.count("two", 0, start), Verdict::Counted);
         assert_eq!(passed(start + Duration::from_secs(1)), PER_SECOND as usize);
+    }
+
+    #[test]
+    fn tools_are_counted_over_the_last_minute() {
+        let (limiter, start) = (Limiter::default(), Instant::now());
+        let at = |seconds| start + Duration::from_secs(seconds);
+        assert!((0..TOOL_CALLS as u64).all(|second| limiter.tool("one", at(second / 2))));
+        assert!(!limiter.tool("one", at(59)));
+        assert!(limiter.tool("two", at(59)));
+        assert!(limiter.tool("one", at(60)) && limiter.tool("one", at(60)));
+        assert!(!limiter.tool("one", at(60)), "only the calls of the first second are over a minute old");
     }
 
     #[test]

@@ -11,7 +11,7 @@ use utoipa::{
 
 use crate::{
     routes::{
-        exec, execs, files, forks, lifecycle, me, meta, promote, sandboxes, snapshots, state, templates,
+        exec, execs, files, forks, lifecycle, mcp, me, meta, promote, sandboxes, snapshots, state, templates,
         volumes,
     },
     wire,
@@ -72,6 +72,9 @@ use crate::{
         files::delete,
         files::dir,
         files::stat,
+        mcp::workspace,
+        mcp::workspace_root,
+        mcp::sandbox,
     ),
     components(schemas(wire::Error)),
     modifiers(&Common)

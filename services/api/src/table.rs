@@ -66,6 +66,9 @@ pub const ROUTES: &[Route] = &[
     shut("DELETE", "/v1/sandboxes/{id}/fs"),
     shut("GET", "/v1/sandboxes/{id}/fs/dir"),
     shut("GET", "/v1/sandboxes/{id}/fs/stat"),
+    shut("POST", "/mcp"),
+    shut("POST", "/v1/mcp"),
+    shut("POST", "/v1/sandboxes/{id}/mcp"),
 ];
 
 /// What a request asks for.

@@ -22,8 +22,9 @@ use crate::{
 };
 
 /// After so long a plain exec sends its headers, and spaces from then on: the clients wait at most 30 s for a byte.
-const DRIBBLE_AFTER: Duration = Duration::from_secs(20);
-const DRIBBLE_EVERY: Duration = Duration::from_secs(5);
+pub const DRIBBLE_AFTER: Duration = Duration::from_secs(20);
+/// How often it sends one.
+pub const DRIBBLE_EVERY: Duration = Duration::from_secs(5);
 /// A stream says something at least so often.
 pub const KEEP_ALIVE_EVERY: Duration = Duration::from_secs(10);
 /// How long the reader of a stream may stand still: the command waits for it meanwhile, then both end.
@@ -105,8 +106,8 @@ struct Whole {
 }
 
 impl Whole {
-    fn new(running: Running, share: &Share) -> Self {
-        let collected = || Collected::new(share, STREAM_CAP);
+    fn new(running: Running, share: &Share, cap: usize) -> Self {
+        let collected = || Collected::new(share, cap);
         Self { running, stdout: collected(), stderr: collected() }
     }
 
@@ -208,7 +209,12 @@ impl Whole {
         (status = 404, body = Error), (status = 409, body = Error),
         (status = 413, body = Error), (status = 504, description = "the time limit passed", body = ExecTimeout),
         (status = 507, body = Error)))]
-pub async fn exec(app: Arc<App>, id: String, mut input: Input) -> Answer {
+pub async fn exec(app: Arc<App>, id: String, input: Input) -> Answer {
+    exec_capped(app, id, input, STREAM_CAP).await
+}
+
+/// As [`exec`], with at most `cap` bytes of each stream.
+pub async fn exec_capped(app: Arc<App>, id: String, mut input: Input, cap: usize) -> Answer {
     let running = start(&app, &id, &mut input).await?;
     if running.session.is_detached() {
         let pid = running.session.started().map_or(0, |started| started.pid);
@@ -217,7 +223,7 @@ pub async fn exec(app: Arc<App>, id: String, mut input: Input) -> Answer {
             &Detached { session_id: running.session.id().to_owned(), pid },
         ));
     }
-    let mut whole = Whole::new(running, &app.budget.of(&input.caller.workspace));
+    let mut whole = Whole::new(running, &app.budget.of(&input.caller.workspace), cap);
     if let Ok(end) = tokio::time::timeout(DRIBBLE_AFTER, whole.collect()).await {
         return whole.answer(end, &input.request_id).await;
     }

@@ -8,6 +8,7 @@ pub mod execs;
 pub mod files;
 pub mod forks;
 pub mod lifecycle;
+pub mod mcp;
 pub mod me;
 pub mod meta;
 pub mod promote;
@@ -61,6 +62,8 @@ pub fn all(app: &Arc<App>) -> BoxedFilter<(Response,)> {
         .or(volumes::routes(app))
         .unify()
         .or(templates::routes(app))
+        .unify()
+        .or(mcp::routes(app))
         .unify()
         .or(me::routes(app))
         .unify()
