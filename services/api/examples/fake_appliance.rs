@@ -11,6 +11,8 @@ mod common;
 async fn main() {
     let address = std::env::args().nth(1).unwrap_or_else(|| "127.0.0.1:8099".into());
     let appliance = common::Appliance::start_at(&address).await;
+    let (foreign, _) = appliance.other_workspace().await;
     println!("export PANDASTACK_API=http://{} PANDASTACK_API_KEY={}", appliance.address, common::TOKEN);
+    println!("export PANDASTACK_FOREIGN_KEY={foreign}");
     std::future::pending::<()>().await;
 }

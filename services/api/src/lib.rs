@@ -26,6 +26,7 @@ pub mod operator;
 pub mod output;
 pub mod problem;
 pub mod routes;
+pub mod scope;
 pub mod start;
 pub mod table;
 pub mod tenancy;

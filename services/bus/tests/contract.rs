@@ -230,7 +230,23 @@ impl api::ApiBackend for Nobody {
     fn list_tokens(&self, _: String) -> impl Future<Output = Result<Vec<api::TokenInfo>>> + Send {
         no()
     }
+    fn create_scoped_token(
+        &self,
+        _: String,
+        _: String,
+        _: u32,
+        _: String,
+        _: String,
+    ) -> impl Future<Output = Result<String>> + Send {
+        no()
+    }
     fn revoke_token(&self, _: String) -> impl Future<Output = Result<bool>> + Send {
+        no()
+    }
+    fn set_rate(&self, _: String, _: u32, _: u32, _: u32) -> impl Future<Output = Result<()>> + Send {
+        no()
+    }
+    fn rate(&self, _: String) -> impl Future<Output = Result<api::Rate>> + Send {
         no()
     }
 }

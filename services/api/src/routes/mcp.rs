@@ -23,7 +23,7 @@ use crate::{
     app::App,
     auth::Caller,
     input::Input,
-    limit::TOOL_CALLS,
+    limit::Rate,
     mcp::{
         MESSAGE_LIMIT, Outcome, Reply, Server, Step, called, rate_limited,
         tools::{Call, Deed, SANDBOX, WORKSPACE, shell_text},
@@ -103,7 +103,8 @@ pub struct RpcResponse {
         (status = 400, description = "no message of JSON-RPC 2.0", body = RpcResponse)))]
 pub async fn workspace(app: Arc<App>, input: Input) -> Answer {
     let call = |desk: Desk, call: Call| async move { desk.call(call).await };
-    serve(app, input, &WORKSPACE, Some(TOOL_CALLS), call).await
+    let rate = app.tenancy.rate(&input.caller.workspace);
+    serve(app, input, &WORKSPACE, Some(rate), call).await
 }
 
 /// The same as `/v1/mcp`.
@@ -130,32 +131,33 @@ pub async fn sandbox(app: Arc<App>, id: String, input: Input) -> Answer {
     serve(app, input, &SANDBOX, None, call).await
 }
 
-/// Answers one message. `most`: calls of tools in a minute.
+/// Answers one message. `rate` bounds the calls of tools.
 async fn serve<C, F>(
     app: Arc<App>,
     mut input: Input,
     server: &'static Server<C>,
-    most: Option<usize>,
+    rate: Option<Rate>,
     work: impl FnOnce(Desk, C) -> F,
 ) -> Answer
 where
     F: Future<Output = Outcome> + Send + 'static,
 {
     let message = input.bytes(MESSAGE_LIMIT).await?;
-    let (id, call) = match understand(server, &message) {
+    let (id, call, reads) = match understand(server, &message) {
         Step::Reply(reply) => return Ok(response(reply)),
-        Step::Call { id, call, .. } => (id, call),
+        Step::Call { id, call, reads } => (id, call, reads),
     };
     drop(message);
-    if let Some(most) = most
-        && !app.limiter.tool(&input.caller.workspace, Instant::now())
+    if let Some(rate) = rate
+        && !app.limiter.tool(&input.caller.workspace, Instant::now(), rate)
     {
-        return Ok(response(rate_limited(
-            id,
-            &format!("rate limit: more than {most} tool calls in a minute"),
-        )));
+        let sentence = format!("rate limit: more than {} tool calls in a minute", rate.tool_calls);
+        return Ok(response(rate_limited(id, &sentence)));
     }
     let desk = Desk { app, caller: input.caller, request_id: input.request_id };
+    if let Err(problem) = desk.caller.grant.check_asked(reads) {
+        return Ok(response(called(id, desk.failure(&problem))));
+    }
     let mut work = Box::pin(work(desk, call));
     if let Ok(outcome) = tokio::time::timeout(DRIBBLE_AFTER, &mut work).await {
         return Ok(response(called(id, outcome)));

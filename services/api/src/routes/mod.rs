@@ -11,6 +11,7 @@ pub mod lifecycle;
 pub mod mcp;
 pub mod me;
 pub mod meta;
+pub mod orgs;
 pub mod promote;
 pub mod sandboxes;
 pub mod snapshots;
@@ -66,6 +67,8 @@ pub fn all(app: &Arc<App>) -> BoxedFilter<(Response,)> {
         .or(mcp::routes(app))
         .unify()
         .or(me::routes(app))
+        .unify()
+        .or(orgs::routes(app))
         .unify()
         .or(meta::routes(app))
         .unify()

@@ -11,7 +11,13 @@ use std::{
     sync::{Arc, atomic::AtomicUsize},
 };
 
-use pandastack_api::{app::App, auth::Token, gate::Gate, listener, routes, tenancy::Tenancy};
+use pandastack_api::{
+    app::App,
+    auth::Token,
+    gate::Gate,
+    listener, routes,
+    tenancy::{NewToken, Tenancy},
+};
 use pandastack_bus::{storage::Storage, vmm::Vmm, zbus};
 pub use storage::{FakeStorage, Shelf};
 use tokio::net::TcpListener;
@@ -69,7 +75,7 @@ impl Appliance {
     /// The token of another workspace, and its public name.
     pub async fn other_workspace(&self) -> (String, String) {
         self.app.tenancy.create_workspace("acme").await.unwrap();
-        let (token, _) = self.app.tenancy.create_token("acme", "", 0).await.unwrap();
+        let (token, _) = self.app.tenancy.create_token("acme", NewToken::default()).await.unwrap();
         (token.reveal().to_owned(), token.prefix().to_owned())
     }
 }
