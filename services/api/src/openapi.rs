@@ -11,8 +11,8 @@ use utoipa::{
 
 use crate::{
     routes::{
-        exec, execs, files, forks, lifecycle, mcp, me, meta, orgs, promote, sandboxes, snapshots, state,
-        templates, volumes,
+        exec, execs, files, forks, lifecycle, mcp, me, meta, orgs, promote, quotas, sandboxes, snapshots,
+        state, templates, volumes,
     },
     table::Kind,
     wire,
@@ -37,6 +37,7 @@ use crate::{
         me::list_tokens,
         me::create_token,
         me::revoke_token,
+        quotas::get,
         orgs::choose,
         orgs::list,
         orgs::get,

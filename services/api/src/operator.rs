@@ -3,6 +3,7 @@
 use pandastack_bus::{
     Error, Result, SandboxId,
     api::{ApiBackend, Rate, TokenInfo},
+    quota::{Quota, Resource},
     storage::StorageProxy,
     vmm::{VmmProxy, unknown_sandbox},
 };
@@ -53,7 +54,34 @@ impl Operator {
     }
 }
 
+/// Limits and use of a workspace, of all that is made anywhere.
+pub async fn quotas(
+    vmm: &VmmProxy<'static>,
+    storage: &StorageProxy<'static>,
+    workspace: &str,
+) -> Result<Vec<Quota>> {
+    let (made, kept) =
+        tokio::join!(again(|| vmm.quotas(workspace.into())), again(|| storage.quotas(workspace.into())));
+    Ok([made?, kept?].concat())
+}
+
 impl Operator {
+    fn known(&self, workspace: &str) -> Result<()> {
+        match self.tenancy.has_workspace(workspace) {
+            true => Ok(()),
+            false => Err(bus(TenancyError::NoWorkspace(workspace.chars().take(64).collect()))),
+        }
+    }
+
+    /// Each daemon keeps the limits of what it makes. Below 0: none.
+    async fn limit(&self, workspace: &str, resource: Resource, limit: i64) -> Result<()> {
+        if Resource::OF_VMM.contains(&resource) {
+            again(|| self.vmm.set_quota(workspace.into(), resource, limit)).await
+        } else {
+            again(|| self.storage.set_quota(workspace.into(), resource, limit)).await
+        }
+    }
+
     async fn make_token(&self, workspace: String, wish: NewToken) -> Result<String> {
         let (token, _) = self.tenancy.create_token(&workspace, wish).await.map_err(bus)?;
         tracing::info!(%workspace, token = token.prefix(), "token made");
@@ -96,6 +124,10 @@ impl ApiBackend for Operator {
         if !has.is_empty() {
             let has = has.join(", ");
             return Err(Error::WrongState(format!("workspace {name} has {has}; delete them first")));
+        }
+        // Whoever gets its name next starts without limits.
+        for resource in Resource::OF_VMM.into_iter().chain(Resource::OF_STORAGE) {
+            self.limit(&name, resource, -1).await?;
         }
         let gone = self.tenancy.delete_workspace(&name).await.map_err(bus)?;
         tracing::info!(workspace = %name, "workspace deleted");
@@ -144,6 +176,28 @@ impl ApiBackend for Operator {
         tracing::info!(token = %prefix, there, "token revoked");
         Ok(there)
     }
+    async fn set_quota(&self, workspace: String, resource: Resource, limit: u64) -> Result<()> {
+        self.known(&workspace)?;
+        let limit = i64::try_from(limit).map_err(|_| {
+            Error::InvalidArgument("the limit is too large; RemoveQuota takes it away".into())
+        })?;
+        self.limit(&workspace, resource, limit).await?;
+        tracing::info!(%workspace, resource = resource.as_str(), limit, "quota");
+        Ok(())
+    }
+
+    async fn remove_quota(&self, workspace: String, resource: Resource) -> Result<()> {
+        self.known(&workspace)?;
+        self.limit(&workspace, resource, -1).await?;
+        tracing::info!(%workspace, resource = resource.as_str(), "no quota");
+        Ok(())
+    }
+
+    async fn quotas(&self, workspace: String) -> Result<Vec<Quota>> {
+        self.known(&workspace)?;
+        quotas(&self.vmm, &self.storage, &workspace).await
+    }
+
     async fn set_rate(&self, workspace: String, per_second: u32, burst: u32, tool_calls: u32) -> Result<()> {
         let given = limit::Rate { per_second, burst, tool_calls };
         let given = ((per_second, burst, tool_calls) != (0, 0, 0)).then_some(given);
@@ -153,9 +207,7 @@ impl ApiBackend for Operator {
     }
 
     async fn rate(&self, workspace: String) -> Result<Rate> {
-        if !self.tenancy.has_workspace(&workspace) {
-            return Err(bus(TenancyError::NoWorkspace(workspace.chars().take(64).collect())));
-        }
+        self.known(&workspace)?;
         let limit::Rate { per_second, burst, tool_calls } = self.tenancy.rate(&workspace);
         Ok(Rate { per_second, burst, tool_calls })
     }

@@ -56,6 +56,7 @@ pub const ROUTES: &[Route] = &[
     shut("POST", "/v1/me/tokens"),
     shut("DELETE", "/v1/me/tokens/{prefix}"),
     shut("POST", "/v1/me/current-org"),
+    look("/v1/quotas"),
     look("/v1/orgs"),
     look("/v1/orgs/{org}"),
     look("/v1/orgs/{org}/members"),

@@ -7,7 +7,7 @@ mod common;
 use client::Api;
 use common::Appliance;
 use pandastack_api::operator::Operator;
-use pandastack_bus::{Error, api::ApiBackend};
+use pandastack_bus::{Error, api::ApiBackend, quota::Resource};
 use serde_json::{Value, json};
 
 fn operator(appliance: &Appliance) -> Operator {
@@ -212,4 +212,76 @@ async fn a_workspace_that_has_anything_stays() {
     assert!(delete().await.unwrap());
     assert_eq!(api.get("/v1/me").await.status, 401);
     assert!(!delete().await.unwrap());
+}
+
+#[tokio::test]
+async fn a_quota_is_refused_so_that_the_clients_ask_again_and_one_that_never_fits_so_that_they_do_not() {
+    let appliance = Appliance::start().await;
+    let (foreign, _) = appliance.other_workspace().await;
+    let operator = operator(&appliance);
+    let api = Api::with_token(&appliance, &foreign);
+    operator.set_quota("acme".into(), Resource::Sandboxes, 2).await.unwrap();
+    let (parent, other) = (api.sandbox().await, api.sandbox().await);
+    let fork = format!("/v1/sandboxes/{parent}/fork");
+    for (path, body) in
+        [("/v1/sandboxes", json!({})), (&fork, json!({})), (&format!("{fork}-tree"), json!({"count": 2}))]
+    {
+        let refused = api.post(path, &body).await;
+        let error = refused.json();
+        assert_eq!((refused.status, refused.header("retry-after")), (429, Some("2")), "{path}: {error}");
+        assert!(error["error"].as_str().unwrap().starts_with("max sandboxes reached"), "{error}");
+        assert_eq!((&error["code"], &error["retryable"]), (&json!("quota"), &json!(true)));
+    }
+    let never = api.post(&format!("{fork}-tree"), &json!({"count": 3})).await;
+    assert_eq!((never.status, never.header("retry-after")), (429, None), "{}", never.text());
+    assert_eq!(never.json()["retryable"], false);
+    assert_eq!(api.get("/v1/sandboxes").await.json().as_array().unwrap().len(), 2);
+    assert_eq!(Api::new(&appliance).post("/v1/sandboxes", &json!({})).await.status, 201);
+
+    api.send("DELETE", &format!("/v1/sandboxes/{other}"), &[], b"").await;
+    assert_eq!(api.post(&fork, &json!({})).await.status, 201);
+
+    operator.set_quota("acme".into(), Resource::Volumes, 1).await.unwrap();
+    assert_eq!(api.post("/v1/volumes", &json!({"name": "one", "size_mb": 64})).await.status, 201);
+    let refused = api.post("/v1/volumes", &json!({"name": "two"})).await;
+    assert_eq!((refused.status, refused.header("retry-after")), (429, Some("2")));
+
+    let shown = api.get("/v1/quotas").await.json();
+    assert_eq!(shown["workspace"], "acme");
+    let line =
+        |resource: &str, limit: Value, used: u64| json!({"resource": resource, "limit": limit, "used": used});
+    assert_eq!(
+        shown["quotas"],
+        json!([
+            line("sandboxes", json!(2), 2),
+            line("vcpus", Value::Null, 4),
+            line("memory_mib", Value::Null, 1024),
+            line("disk_mib", Value::Null, 8192),
+            line("snapshots", Value::Null, 0),
+            line("volumes", json!(1), 1),
+            line("volume_mib", Value::Null, 64)
+        ])
+    );
+    assert_eq!(shown["rates"]["requests_per_second"], 100);
+    let lines = operator.quotas("acme".into()).await.unwrap();
+    assert_eq!((lines[0].limit, lines[1].limit, lines[5].limit), (2, -1, 1));
+
+    operator.remove_quota("acme".into(), Resource::Sandboxes).await.unwrap();
+    assert_eq!(api.post("/v1/sandboxes", &json!({})).await.status, 201);
+    let unknown = operator.set_quota("nobody".into(), Resource::Sandboxes, 1).await;
+    assert!(matches!(unknown, Err(Error::NotFound(_))), "{unknown:?}");
+}
+
+#[tokio::test]
+async fn the_limits_of_a_workspace_end_with_it() {
+    let appliance = Appliance::start().await;
+    appliance.other_workspace().await;
+    let operator = operator(&appliance);
+    operator.set_quota("acme".into(), Resource::Sandboxes, 0).await.unwrap();
+    operator.set_quota("acme".into(), Resource::VolumeMib, 0).await.unwrap();
+    operator.set_rate("acme".into(), 1, 1, 1).await.unwrap();
+    assert!(operator.delete_workspace("acme".into()).await.unwrap());
+    assert!(operator.create_workspace("acme".into()).await.unwrap());
+    assert!(operator.quotas("acme".into()).await.unwrap().iter().all(|line| line.limit == -1));
+    assert_eq!(operator.rate("acme".into()).await.unwrap().per_second, 100);
 }

@@ -5,7 +5,10 @@ use std::{future::Future, sync::Arc};
 use serde::{Deserialize, Serialize};
 use zbus::{Type, interface};
 
-use crate::Result;
+use crate::{
+    Result,
+    quota::{Quota, Resource},
+};
 
 /// Well-known name of the daemon.
 pub const NAME: &str = "ai.pandastack.api1";
@@ -73,6 +76,17 @@ pub trait ApiBackend: Send + Sync + 'static {
     /// See [`Api`].
     fn revoke_token(&self, prefix: String) -> impl Future<Output = Result<bool>> + Send;
     /// See [`Api`].
+    fn set_quota(
+        &self,
+        workspace: String,
+        resource: Resource,
+        limit: u64,
+    ) -> impl Future<Output = Result<()>> + Send;
+    /// See [`Api`].
+    fn remove_quota(&self, workspace: String, resource: Resource) -> impl Future<Output = Result<()>> + Send;
+    /// See [`Api`].
+    fn quotas(&self, workspace: String) -> impl Future<Output = Result<Vec<Quota>>> + Send;
+    /// See [`Api`].
     fn set_rate(
         &self,
         workspace: String,
@@ -135,6 +149,22 @@ impl<B: ApiBackend> Api<B> {
     async fn revoke_token(&self, prefix: String) -> Result<bool> {
         self.0.revoke_token(prefix).await
     }
+    /// Sets how much a workspace may have, durably: `sandboxes`, `vcpus`, `memory_mib`, `disk_mib`, `snapshots`, `volumes` or
+    /// `volume_mib`. 0: none. What is there already stays.
+    async fn set_quota(&self, workspace: String, resource: Resource, limit: u64) -> Result<()> {
+        self.0.set_quota(workspace, resource, limit).await
+    }
+
+    /// Takes such a limit away.
+    async fn remove_quota(&self, workspace: String, resource: Resource) -> Result<()> {
+        self.0.remove_quota(workspace, resource).await
+    }
+
+    /// What a workspace may have of each (-1: no limit), and has.
+    async fn quotas(&self, workspace: String) -> Result<Vec<Quota>> {
+        self.0.quotas(workspace).await
+    }
+
     /// Sets how much a workspace may ask, from now on: requests per second, requests that it may have saved up, calls of tools
     /// (MCP) in a minute. All three 0: what holds for every workspace again.
     async fn set_rate(&self, workspace: String, per_second: u32, burst: u32, tool_calls: u32) -> Result<()> {

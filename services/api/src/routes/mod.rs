@@ -13,6 +13,7 @@ pub mod me;
 pub mod meta;
 pub mod orgs;
 pub mod promote;
+pub mod quotas;
 pub mod sandboxes;
 pub mod snapshots;
 pub mod state;
@@ -69,6 +70,8 @@ pub fn all(app: &Arc<App>) -> BoxedFilter<(Response,)> {
         .or(me::routes(app))
         .unify()
         .or(orgs::routes(app))
+        .unify()
+        .or(quotas::routes(app))
         .unify()
         .or(meta::routes(app))
         .unify()
