@@ -21,4 +21,7 @@ def refusals_have_their_form(ctx, response, case):
         assert "retry-after" in response.headers, "503 without Retry-After"
     if status >= 400:
         body = response.json()
+        if body.get("jsonrpc") == "2.0":
+            assert isinstance(body["error"]["message"], str), f"{status} without a sentence"
+            return
         assert isinstance(body.get("error"), str) and body["error"], f"{status} without a sentence"

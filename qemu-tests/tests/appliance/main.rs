@@ -36,6 +36,7 @@ const TESTS: &[Test] = &[
     ("an_early_create_is_refused_in_the_contracts_form_or_served", sandboxes::an_early_create),
     ("templates_are_baked", sandboxes::templates_are_baked),
     ("busctl_administers_tenancy", operator::busctl_administers_tenancy),
+    ("busctl_sets_what_a_workspace_may_have", operator::busctl_sets_what_a_workspace_may_have),
     ("systemctl_and_journalctl_show_a_sandbox", operator::systemctl_and_journalctl_show_a_sandbox),
     ("two_instances_have_different_users", operator::two_instances_have_different_users),
     ("vmm_may_manage_nothing_but_sandboxes", operator::vmm_may_manage_nothing_but_sandboxes),

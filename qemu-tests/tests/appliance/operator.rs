@@ -124,6 +124,46 @@ pub fn busctl_administers_tenancy(fixture: &Fixture) -> Result<()> {
     Ok(())
 }
 
+pub fn busctl_sets_what_a_workspace_may_have(fixture: &Fixture) -> Result<()> {
+    let call = "busctl call ai.pandastack.api1 /ai/pandastack/api1 ai.pandastack.api1.Manager";
+    let stranger = qemu_tests::api::Api::new(fixture.base()?, &fixture.foreign_token()?);
+    let first = stranger.create_base()?;
+    // Daemons that were just restarted are waited for.
+    let post = |path: &str, body| stranger.post_patiently(path, &body);
+    let create = || post("/v1/sandboxes", serde_json::json!({"template": "base"}));
+    let set = |what: &str| fixture.ssh(&format!("{call} {what}"));
+
+    set("SetQuota sst stranger sandboxes 1")?;
+    set("SetQuota sst stranger volumes 0")?;
+    let shown = set("Quotas s stranger")?;
+    // Their records are the daemons'.
+    fixture.ssh("systemctl restart pandastack-vmm pandastack-storage")?;
+    let full = create()?;
+    let fork = post(&format!("/v1/sandboxes/{first}/fork"), serde_json::json!({}))?;
+    let volume = post("/v1/volumes", serde_json::json!({"name": "x"}))?;
+    let there = stranger.list()?.len();
+    stranger.delete(&first)?;
+    let second = create()?;
+    set("RemoveQuota ss stranger sandboxes")?;
+    set("RemoveQuota ss stranger volumes")?;
+    set("SetRate suuu stranger 1 1 1")?;
+    let slow: Vec<_> = (0..4).map(|_| stranger.call("GET", "/v1/me", None)).collect::<Result<_>>()?;
+    set("SetRate suuu stranger 0 0 0")?;
+    stranger.delete_all()?;
+
+    ensure!(shown.contains("\"sandboxes\" 1 1") && shown.contains("\"volumes\" 0 0"), "{shown}");
+    for refused in [&full, &fork] {
+        let promises = refused.status == 429 && refused.retry_after.is_some();
+        ensure!(promises && refused.text("error")?.starts_with("max sandboxes reached"), "{refused:?}");
+    }
+    // Nothing that is deleted would make room for it.
+    ensure!(volume.status == 429 && volume.retry_after.is_none(), "{volume:?}");
+    ensure!(there == 1, "{there} sandboxes after the refusals");
+    ensure!(second.status == 201, "room does not help: {second:?}");
+    ensure!(slow.iter().any(|answer| answer.status == 429), "{slow:?}");
+    Ok(())
+}
+
 pub fn systemctl_and_journalctl_show_a_sandbox(fixture: &Fixture) -> Result<()> {
     let api = fixture.api()?;
     let id = api.create_base()?;

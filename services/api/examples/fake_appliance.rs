@@ -22,6 +22,8 @@ async fn main() {
         }
     }
     let appliance = common::Appliance::start_at(&address, kernels).await;
+    let (foreign, _) = appliance.other_workspace().await;
     println!("export PANDASTACK_API=http://{} PANDASTACK_API_KEY={}", appliance.address, common::TOKEN);
+    println!("export PANDASTACK_FOREIGN_KEY={foreign}");
     std::future::pending::<()>().await;
 }

@@ -6,15 +6,17 @@ use http::{HeaderMap, header};
 use sha2::{Digest, Sha256};
 use subtle::ConstantTimeEq;
 
-use crate::problem::Problem;
+use crate::{problem::Problem, scope::Grant};
 
 /// The caller of an authenticated request.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Caller {
     /// Workspace that the token opens.
     pub workspace: String,
     /// Public name of the token.
     pub prefix: String,
+    /// What it may do there.
+    pub grant: Grant,
 }
 
 /// A token: `pds_` and 32 lowercase hexadecimal digits. Shows itself only on demand.

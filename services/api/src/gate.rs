@@ -24,7 +24,7 @@ use crate::{
     auth::{self, Caller},
     limit::Verdict,
     problem::Problem,
-    table::{self, Found, Route},
+    table::{self, Found, Kind, Route},
     tenancy::now_ms,
 };
 
@@ -151,7 +151,7 @@ impl Gate {
         let found = table::find(method.as_str(), path);
         let (query, access_token) = auth::split_access_token(request.uri().query().unwrap_or_default());
         let open = match &found {
-            Found::Route(route, _) => route.public,
+            Found::Route(route, _) => route.kind == Kind::Public,
             Found::OtherMethods(_) | Found::Nothing => !path.starts_with("/v1/"),
         };
         let mut caller = None;
@@ -200,16 +200,19 @@ impl Gate {
                 return (problem.into_response(), None, caller.map(|(caller, _)| caller));
             }
         };
+        if let Some((caller, _)) = &caller
+            && let Err(problem) = self.may(caller, request.headers(), &route, sandbox.as_deref())
+        {
+            self.app.metrics.refused(problem.code);
+            return (problem.into_response(), Some((route, sandbox)), Some(caller.clone()));
+        }
         // What goes on knows neither the token nor, therefore, can leak it.
         auth::remove_tokens(request.headers_mut());
         if let Ok(uri) = path.parse::<Uri>() {
             *request.uri_mut() = uri;
         }
         request.extensions_mut().insert(Asked {
-            caller: caller.as_ref().map_or_else(
-                || Caller { workspace: String::new(), prefix: String::new() },
-                |(caller, _)| caller.clone(),
-            ),
+            caller: caller.as_ref().map(|(caller, _)| caller.clone()).unwrap_or_default(),
             query,
             request_id: request_id.to_owned(),
         });
@@ -244,14 +247,33 @@ impl Gate {
             .tenancy
             .authenticate(&token, now_ms())
             .ok_or_else(|| Problem::unauthorized("invalid api token"))?;
-        match self.app.limiter.count(&caller.workspace, key(method, path), Instant::now()) {
+        let rate = self.app.tenancy.rate(&caller.workspace);
+        match self.app.limiter.count(&caller.workspace, key(method, path), Instant::now(), rate) {
             Verdict::Counted => Ok((caller, true)),
             Verdict::Free => Ok((caller, false)),
             Verdict::Refused => {
-                let sentence = format!("more than {} requests per second", crate::limit::PER_SECOND as u32);
+                let sentence = format!("more than {} requests per second", rate.per_second);
                 Err(rate_limited(&sentence, &caller))
             }
         }
+    }
+}
+
+impl Gate {
+    /// Whether the token is of the organisation that was asked for, and opens this route.
+    fn may(
+        &self,
+        caller: &Caller,
+        headers: &HeaderMap,
+        route: &Route,
+        sandbox: Option<&str>,
+    ) -> Result<(), Problem> {
+        if let Some(wanted) = headers.get("x-pandastack-org").filter(|value| !value.is_empty())
+            && !wanted.to_str().is_ok_and(|wanted| self.app.tenancy.is_org(&caller.workspace, wanted))
+        {
+            return Err(Problem::new(StatusCode::FORBIDDEN, "not_a_member", "not a member of requested org"));
+        }
+        caller.grant.check(route, sandbox)
     }
 }
 
@@ -296,7 +318,7 @@ fn dress(headers: &mut HeaderMap, request_id: &str) {
         ("access-control-allow-methods", "GET, POST, PUT, PATCH, DELETE, OPTIONS"),
         (
             "access-control-allow-headers",
-            "content-type, accept, authorization, idempotency-key, x-api-key, x-request-id, x-pandastack-org",
+            "content-type, accept, authorization, idempotency-key, x-api-key, x-request-id, x-pandastack-org, mcp-protocol-version",
         ),
         ("access-control-expose-headers", "x-request-id, retry-after, x-pandastack-session"),
         ("access-control-max-age", "600"),

@@ -239,7 +239,7 @@ mod tests {
             tokio::time::sleep(pause).await;
             (sent < parts).then(|| (Ok(Bytes::from_static(b" ")), sent + 1))
         });
-        let caller = Caller { workspace: String::new(), prefix: String::new() };
+        let caller = Caller::default();
         let (request_id, query, headers) = (String::new(), String::new(), HeaderMap::new());
         Input { caller, request_id, query, headers, body: Box::pin(body) }.bytes(1 << 20).await
     }

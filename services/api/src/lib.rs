@@ -6,7 +6,7 @@
 //! ```text
 //!   listener ──► gate ──► routes ──► vmm, storage (D-Bus: decisions)
 //!   (sockets)   (id, token,  └─────► guest ──► agent (a stream from vmm: bytes)
-//!                limit, log)
+//!                limit, log)        mcp: what a model's tool call is, the same routes behind it
 //! ```
 
 pub mod app;
@@ -19,12 +19,14 @@ pub mod guest;
 pub mod input;
 pub mod limit;
 pub mod listener;
+pub mod mcp;
 pub mod metrics;
 pub mod openapi;
 pub mod operator;
 pub mod output;
 pub mod problem;
 pub mod routes;
+pub mod scope;
 pub mod start;
 pub mod table;
 pub mod tenancy;

@@ -11,10 +11,12 @@ use utoipa::{
 
 use crate::{
     routes::{
-        cells, exec, execs, files, forks, lifecycle, me, meta, promote, repl, sandboxes, snapshots,
+        cells, exec, execs, files, forks, lifecycle, mcp, me, meta, orgs, promote, quotas, repl, sandboxes,
+        snapshots,
         sockets::{commands, lsp, terminal},
         state, templates, volumes,
     },
+    table::Kind,
     wire,
 };
 
@@ -37,6 +39,11 @@ use crate::{
         me::list_tokens,
         me::create_token,
         me::revoke_token,
+        quotas::get,
+        orgs::choose,
+        orgs::list,
+        orgs::get,
+        orgs::members,
         templates::list,
         templates::get,
         sandboxes::create,
@@ -84,6 +91,9 @@ use crate::{
         files::delete,
         files::dir,
         files::stat,
+        mcp::workspace,
+        mcp::workspace_root,
+        mcp::sandbox,
     ),
     components(schemas(wire::Error)),
     modifiers(&Common)
@@ -98,9 +108,10 @@ pub fn document() -> utoipa::openapi::OpenApi {
 /// What holds for every route with a token.
 struct Common;
 
-const EVERYWHERE: [(&str, &str); 7] = [
+const EVERYWHERE: [(&str, &str); 8] = [
     ("400", "the request can never succeed as it is"),
     ("401", "no valid token"),
+    ("403", "the token may not do this, or is not of the organisation that was asked for"),
     ("405", "another method is needed"),
     ("413", "the body is too large"),
     ("429", "too many requests; nothing was made"),
@@ -116,7 +127,7 @@ impl Modify for Common {
             components.add_security_scheme("token", SecurityScheme::Http(scheme.build()));
         }
         for (path, item) in &mut document.paths.paths {
-            if crate::table::ROUTES.iter().any(|route| route.public && route.template == path) {
+            if crate::table::ROUTES.iter().any(|route| route.kind == Kind::Public && route.template == path) {
                 continue;
             }
             for operation in [&mut item.get, &mut item.put, &mut item.post, &mut item.patch, &mut item.delete]

@@ -41,6 +41,8 @@ pub enum Effect {
 
 /// Seconds to wait for capacity.
 const CAPACITY_RETRY: u32 = 5;
+/// Seconds to wait for something of the workspace's own to be deleted.
+const QUOTA_RETRY: u32 = 2;
 const SENTENCE_CHARS: usize = 600;
 
 impl Problem {
@@ -135,8 +137,15 @@ impl Problem {
             BusError::InvalidArgument(_) => Self::invalid(text),
             BusError::WrongState(_) => Self::new(StatusCode::CONFLICT, "wrong_state", text),
             BusError::NoCapacity(_) => Self::unavailable("no_capacity", text),
-            // Without Retry-After: the clients would only ask again in vain.
-            BusError::Quota(_) => Self::new(StatusCode::TOO_MANY_REQUESTS, "quota", text),
+            // Not 503: the appliance has room, and a proxy must not take it for one that has none. The clients ask again, as
+            // something of the workspace's own may be deleted at any time.
+            BusError::Quota(_) => {
+                let mut problem = Self::new(StatusCode::TOO_MANY_REQUESTS, "quota", text);
+                problem.retry_after = Some(QUOTA_RETRY);
+                problem
+            }
+            // Without Retry-After: they would only ask again in vain.
+            BusError::BeyondQuota(_) => Self::new(StatusCode::TOO_MANY_REQUESTS, "quota", text),
             BusError::NoSpace(_) => Self::new(StatusCode::INSUFFICIENT_STORAGE, "no_space", text),
             BusError::NotReady(_) => Self::unavailable("not_ready", text),
             BusError::GuestUnreachable(_) if effect == Effect::None => {
@@ -275,6 +284,8 @@ mod tests {
             (BusError::InvalidArgument(text()), 400, None),
             (BusError::WrongState(text()), 409, None),
             (BusError::NoCapacity(text()), 503, Some(5)),
+            (BusError::Quota(text()), 429, Some(2)),
+            (BusError::BeyondQuota(text()), 429, None),
             (BusError::NoSpace(text()), 507, None),
             (BusError::NotReady(text()), 503, Some(5)),
             (BusError::GuestUnreachable(text()), 504, None),

@@ -77,7 +77,7 @@ pub async fn run(context: Context) -> Result<(), StartError> {
     let socket = TcpListener::bind(&address)
         .await
         .map_err(|source| StartError::Listen { address: address.clone(), source })?;
-    let operator = Arc::new(Operator::new(tenancy.clone(), app.vmm.clone()));
+    let operator = Arc::new(Operator::new(&app));
     context.bus.object_server().at(PATH, Api(operator)).await?;
     context.bus.request_name(NAME).await?;
 

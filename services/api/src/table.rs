@@ -7,16 +7,41 @@ pub struct Route {
     pub method: &'static str,
     /// Path with `{…}` for parameters; `{id}` is always a sandbox.
     pub template: &'static str,
+    /// Who it is for.
+    pub kind: Kind,
+}
+
+/// Whom a route is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
     /// Needs no token and is not rate limited.
-    pub public: bool,
+    Public,
+    /// Needs a token that may change things. Also for a `GET` that does something, such as a WebSocket.
+    Plain,
+    /// Needs a token: it only looks.
+    Looks,
+    /// Needs a token, also one that is for one sandbox only: it is about the token itself.
+    Everyone,
+    /// About a sandbox, and yet makes or deletes something beside it.
+    Beyond,
+    /// Whether it changes anything is said in the body; the handler checks it.
+    Asks,
 }
 
 const fn open(method: &'static str, template: &'static str) -> Route {
-    Route { method, template, public: true }
+    Route { method, template, kind: Kind::Public }
 }
 
 const fn shut(method: &'static str, template: &'static str) -> Route {
-    Route { method, template, public: false }
+    Route { method, template, kind: Kind::Plain }
+}
+
+const fn look(template: &'static str) -> Route {
+    Route { method: "GET", template, kind: Kind::Looks }
+}
+
+const fn special(method: &'static str, template: &'static str, kind: Kind) -> Route {
+    Route { method, template, kind }
 }
 
 /// Every route there is.
@@ -26,17 +51,22 @@ pub const ROUTES: &[Route] = &[
     open("GET", "/v1/version"),
     open("GET", "/metrics"),
     open("GET", "/openapi.json"),
-    shut("GET", "/v1/me"),
-    shut("GET", "/v1/me/tokens"),
+    special("GET", "/v1/me", Kind::Everyone),
+    look("/v1/me/tokens"),
     shut("POST", "/v1/me/tokens"),
     shut("DELETE", "/v1/me/tokens/{prefix}"),
-    shut("GET", "/v1/templates"),
-    shut("GET", "/v1/templates/{name}"),
+    shut("POST", "/v1/me/current-org"),
+    look("/v1/quotas"),
+    look("/v1/orgs"),
+    look("/v1/orgs/{org}"),
+    look("/v1/orgs/{org}/members"),
+    look("/v1/templates"),
+    look("/v1/templates/{name}"),
     shut("POST", "/v1/sandboxes"),
-    shut("GET", "/v1/sandboxes"),
-    shut("GET", "/v1/sandboxes/{id}"),
+    look("/v1/sandboxes"),
+    look("/v1/sandboxes/{id}"),
     shut("DELETE", "/v1/sandboxes/{id}"),
-    shut("GET", "/v1/sandboxes/{id}/lifecycle"),
+    look("/v1/sandboxes/{id}/lifecycle"),
     shut("PATCH", "/v1/sandboxes/{id}/lifecycle"),
     shut("POST", "/v1/sandboxes/{id}/pause"),
     shut("POST", "/v1/sandboxes/{id}/resume"),
@@ -44,16 +74,16 @@ pub const ROUTES: &[Route] = &[
     shut("POST", "/v1/sandboxes/{id}/stop"),
     shut("POST", "/v1/sandboxes/{id}/wake"),
     shut("POST", "/v1/sandboxes/{id}/start"),
-    shut("POST", "/v1/sandboxes/{id}/snapshots"),
-    shut("GET", "/v1/snapshots"),
-    shut("GET", "/v1/snapshots/{snapshot}"),
+    special("POST", "/v1/sandboxes/{id}/snapshots", Kind::Beyond),
+    look("/v1/snapshots"),
+    look("/v1/snapshots/{snapshot}"),
     shut("DELETE", "/v1/snapshots/{snapshot}"),
-    shut("POST", "/v1/sandboxes/{id}/fork"),
-    shut("POST", "/v1/sandboxes/{id}/fork-tree"),
-    shut("POST", "/v1/sandboxes/{id}/promote"),
+    special("POST", "/v1/sandboxes/{id}/fork", Kind::Beyond),
+    special("POST", "/v1/sandboxes/{id}/fork-tree", Kind::Beyond),
+    special("POST", "/v1/sandboxes/{id}/promote", Kind::Beyond),
     shut("POST", "/v1/volumes"),
-    shut("GET", "/v1/volumes"),
-    shut("GET", "/v1/volumes/{name}"),
+    look("/v1/volumes"),
+    look("/v1/volumes/{name}"),
     shut("PATCH", "/v1/volumes/{name}"),
     shut("DELETE", "/v1/volumes/{name}"),
     shut("POST", "/v1/sandboxes/{id}/exec"),
@@ -62,21 +92,25 @@ pub const ROUTES: &[Route] = &[
     shut("GET", "/v1/sandboxes/{id}/exec/pty"),
     shut("GET", "/v1/sandboxes/{id}/ssh"),
     shut("GET", "/v1/sandboxes/{id}/lsp/{language}"),
-    shut("GET", "/v1/lsp/languages"),
-    shut("GET", "/v1/sandboxes/{id}/execs"),
-    shut("GET", "/v1/sandboxes/{id}/execs/{session}"),
-    shut("DELETE", "/v1/sandboxes/{id}/execs/{session}"),
-    shut("GET", "/v1/repl/languages"),
+    look("/v1/lsp/languages"),
+    look("/v1/repl/languages"),
     shut("POST", "/v1/sandboxes/{id}/repl"),
     shut("POST", "/v1/sandboxes/{id}/repl/sessions"),
-    shut("GET", "/v1/sandboxes/{id}/repl/sessions"),
+    look("/v1/sandboxes/{id}/repl/sessions"),
     shut("DELETE", "/v1/sandboxes/{id}/repl/sessions/{session}"),
     shut("POST", "/v1/sandboxes/{id}/repl/sessions/{session}/run"),
-    shut("GET", "/v1/sandboxes/{id}/fs"),
+    look("/v1/sandboxes/{id}/execs"),
+    // Whoever follows the session now is cut off by it.
+    shut("GET", "/v1/sandboxes/{id}/execs/{session}"),
+    shut("DELETE", "/v1/sandboxes/{id}/execs/{session}"),
+    look("/v1/sandboxes/{id}/fs"),
     shut("PUT", "/v1/sandboxes/{id}/fs"),
     shut("DELETE", "/v1/sandboxes/{id}/fs"),
-    shut("GET", "/v1/sandboxes/{id}/fs/dir"),
-    shut("GET", "/v1/sandboxes/{id}/fs/stat"),
+    look("/v1/sandboxes/{id}/fs/dir"),
+    look("/v1/sandboxes/{id}/fs/stat"),
+    special("POST", "/mcp", Kind::Asks),
+    special("POST", "/v1/mcp", Kind::Asks),
+    special("POST", "/v1/sandboxes/{id}/mcp", Kind::Asks),
 ];
 
 /// What a request asks for.
@@ -134,7 +168,7 @@ mod tests {
         assert_eq!(find("GET", "/healthz"), Found::Route(open("GET", "/healthz"), None));
         assert_eq!(
             find("GET", "/v1/sandboxes/abc/fs/dir"),
-            Found::Route(shut("GET", "/v1/sandboxes/{id}/fs/dir"), Some("abc"))
+            Found::Route(look("/v1/sandboxes/{id}/fs/dir"), Some("abc"))
         );
         assert_eq!(find("PUT", "/v1/sandboxes"), Found::OtherMethods(vec!["POST", "GET"]));
         for path in ["/healthzX", "/v1/sandboxes/", "/v1/sandboxes//fs", "/", "", "/v1/sandboxes/a/forks"] {

@@ -15,14 +15,34 @@ use std::{
 
 use pandastack_daemon::records::{Records, RecordsError};
 use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
 
-use crate::auth::{Caller, Token, same_hash};
+use crate::{
+    auth::{Caller, Token, hex, same_hash},
+    limit::{MOST, RATE, Rate},
+    scope::Grant,
+};
 
 /// The workspace that exists from the first boot on.
 pub const DEFAULT_WORKSPACE: &str = "default";
 /// Tokens a workspace may have.
 pub const TOKENS_PER_WORKSPACE: usize = 1000;
-const RESERVED: [&str; 3] = ["admin", "pandastack", "system"];
+/// Names that somebody could take for more than a tenant. No name has rights of its own here; `default` is a workspace like
+/// any other.
+const RESERVED: [&str; 12] = [
+    "admin",
+    "administrator",
+    "anonymous",
+    "api",
+    "internal",
+    "operator",
+    "pandastack",
+    "public",
+    "root",
+    "system",
+    "www",
+    "me",
+];
 const LAST_USED_STEP_MS: u64 = 60_000;
 const DAY_MS: u64 = 86_400_000;
 
@@ -31,6 +51,27 @@ const DAY_MS: u64 = 86_400_000;
 pub struct Workspace {
     /// Unix milliseconds.
     pub created_unix_ms: u64,
+    /// How much it may ask, where that is not what holds for all.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rate: Option<Rate>,
+}
+
+impl Workspace {
+    /// Its id as an organisation, of the form of a UUID. One that is made anew under the same name is another one.
+    pub fn org_id(&self, name: &str) -> String {
+        let digest = Sha256::new()
+            .chain_update("org\0")
+            .chain_update(name)
+            .chain_update(self.created_unix_ms.to_be_bytes())
+            .finalize();
+        let mut bytes = [0; 16];
+        bytes.copy_from_slice(&digest[..16]);
+        // Version 8 (of our own making), variant 1.
+        bytes[6] = bytes[6] & 0x0f | 0x80;
+        bytes[8] = bytes[8] & 0x3f | 0x80;
+        let hex = hex(&bytes);
+        [&hex[..8], &hex[8..12], &hex[12..16], &hex[16..20], &hex[20..]].join("-")
+    }
 }
 
 /// A token on disk, keyed by its prefix.
@@ -51,6 +92,20 @@ pub struct TokenRecord {
     /// Came from the system credential.
     #[serde(default)]
     pub preset: bool,
+    /// What it may do.
+    #[serde(default)]
+    pub grant: Grant,
+}
+
+/// What a new token shall be.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct NewToken {
+    /// Free text.
+    pub label: String,
+    /// 0 means for ever.
+    pub expires_in_days: u32,
+    /// What it may do.
+    pub grant: Grant,
 }
 
 /// What happened at boots before this one.
@@ -77,6 +132,14 @@ pub enum TenancyError {
     /// Revoke one first.
     #[error("the workspace has {TOKENS_PER_WORKSPACE} tokens already; revoke one first")]
     TooMany,
+    /// Use another token.
+    #[error("a token that may not do everything makes no others")]
+    NotWhole,
+    /// Ask for less, or more.
+    #[error(
+        "a workspace has 1 to {MOST} requests per second, a burst of 1 to {MOST}, and up to {MOST} tool calls a minute"
+    )]
+    BadRate,
     /// The default workspace stays.
     #[error("the default workspace cannot be deleted")]
     Permanent,
@@ -153,7 +216,8 @@ impl Tenancy {
             Some(token) if same_hash(&token.hash(), &boot.preset) => return Ok(()),
             Some(token) => {
                 self.forget_presets().await?;
-                self.put_token(&token, DEFAULT_WORKSPACE, "preset", 0, true).await?;
+                let grant = Grant::default();
+                self.put_token(&token, DEFAULT_WORKSPACE, "preset", 0, true, grant).await?;
                 tracing::info!(token = token.prefix(), "the preset token opens the default workspace");
                 Boot { first_token: true, preset: token.hash() }
             }
@@ -164,7 +228,8 @@ impl Tenancy {
                     tracing::error!(%error, "the first token could not be shown on the console; none was made");
                     return Ok(());
                 }
-                self.put_token(&token, DEFAULT_WORKSPACE, "first boot", 0, false).await?;
+                let grant = Grant::default();
+                self.put_token(&token, DEFAULT_WORKSPACE, "first boot", 0, false, grant).await?;
                 tracing::info!(token = token.prefix(), "a first token was written to the console");
                 Boot { first_token: true, ..boot }
             }
@@ -184,7 +249,11 @@ impl Tenancy {
             {
                 return None;
             }
-            let caller = Caller { workspace: record.workspace.clone(), prefix: token.prefix().to_owned() };
+            let caller = Caller {
+                workspace: record.workspace.clone(),
+                prefix: token.prefix().to_owned(),
+                grant: record.grant.clone(),
+            };
             (caller, now.saturating_sub(record.last_used_unix_ms) >= LAST_USED_STEP_MS)
         };
         if stale {
@@ -200,7 +269,7 @@ impl Tenancy {
             return Ok(false);
         }
         check_name(name)?;
-        let (key, value) = (name.to_owned(), Workspace { created_unix_ms: now_ms() });
+        let (key, value) = (name.to_owned(), Workspace { created_unix_ms: now_ms(), rate: None });
         let record = value.clone();
         self.blocking(move |disk| disk.workspaces.put(&key, &record)).await?;
         self.write().workspaces.insert(name.to_owned(), value);
@@ -215,6 +284,38 @@ impl Tenancy {
     /// Whether a workspace exists.
     pub fn has_workspace(&self, name: &str) -> bool {
         self.read().workspaces.contains_key(name)
+    }
+
+    /// A workspace.
+    pub fn workspace(&self, name: &str) -> Option<Workspace> {
+        self.read().workspaces.get(name).cloned()
+    }
+
+    /// Whether a text names a workspace as an organisation, by id or by name.
+    pub fn is_org(&self, workspace: &str, text: &str) -> bool {
+        self.workspace(workspace).is_some_and(|found| text == workspace || text == found.org_id(workspace))
+    }
+
+    /// How much a workspace may ask.
+    pub fn rate(&self, workspace: &str) -> Rate {
+        self.read().workspaces.get(workspace).and_then(|found| found.rate).unwrap_or(RATE)
+    }
+
+    /// Sets how much a workspace may ask, from now on; nothing: what holds for all.
+    pub async fn set_rate(&self, name: &str, rate: Option<Rate>) -> Result<(), TenancyError> {
+        let good = |Rate { per_second, burst, tool_calls }: Rate| {
+            (1..=MOST).contains(&per_second) && (1..=MOST).contains(&burst) && tool_calls <= MOST
+        };
+        if !rate.is_none_or(good) {
+            return Err(TenancyError::BadRate);
+        }
+        let _turn = self.0.changes.lock().await;
+        let missing = || TenancyError::NoWorkspace(name.chars().take(64).collect());
+        let value = Workspace { rate, ..self.workspace(name).ok_or_else(missing)? };
+        let (key, record) = (name.to_owned(), value.clone());
+        self.blocking(move |disk| disk.workspaces.put(&key, &record)).await?;
+        self.write().workspaces.insert(name.to_owned(), value);
+        Ok(())
     }
 
     /// Removes a workspace and its tokens; answers whether it was there. The caller has made sure that it is empty.
@@ -236,37 +337,34 @@ impl Tenancy {
         Ok(true)
     }
 
-    /// Makes a token. `expires_in_days` 0 means never.
+    /// Makes a token.
     pub async fn create_token(
         &self,
         workspace: &str,
-        label: &str,
-        expires_in_days: u32,
+        wish: NewToken,
     ) -> Result<(Token, TokenRecord), TenancyError> {
-        self.make_token(workspace, label, expires_in_days, 0).await
+        self.make_token(workspace, wish, 0).await
     }
 
     /// Makes a token on behalf of another one, which it never outlives: its time is cut to that of the caller's.
-    pub async fn mint(
-        &self,
-        caller: &Caller,
-        label: &str,
-        expires_in_days: u32,
-    ) -> Result<(Token, TokenRecord), TenancyError> {
-        let latest = self.read().tokens.get(&caller.prefix).map(|record| record.expires_unix_ms);
+    pub async fn mint(&self, caller: &Caller, wish: NewToken) -> Result<(Token, TokenRecord), TenancyError> {
+        let made_by = self.read().tokens.get(&caller.prefix).cloned();
         // Revoked meanwhile.
-        let latest = latest.ok_or_else(|| TenancyError::NoWorkspace(caller.workspace.clone()))?;
-        self.make_token(&caller.workspace, label, expires_in_days, latest).await
+        let made_by = made_by.ok_or_else(|| TenancyError::NoWorkspace(caller.workspace.clone()))?;
+        if !made_by.grant.is_whole() {
+            return Err(TenancyError::NotWhole);
+        }
+        self.make_token(&caller.workspace, wish, made_by.expires_unix_ms).await
     }
 
     /// `latest`: Unix milliseconds at which it must have expired; 0 means that it need not.
     async fn make_token(
         &self,
         workspace: &str,
-        label: &str,
-        expires_in_days: u32,
+        wish: NewToken,
         latest: u64,
     ) -> Result<(Token, TokenRecord), TenancyError> {
+        let NewToken { label, expires_in_days, grant } = wish;
         if label.len() > 200 || label.chars().any(char::is_control) {
             return Err(TenancyError::BadToken("a label has at most 200 bytes and no control characters"));
         }
@@ -289,8 +387,13 @@ impl Tenancy {
         };
         let expires = wished.min(if latest == 0 { u64::MAX } else { latest });
         let expires = if expires == u64::MAX { 0 } else { expires };
-        let record = self.put_token(&token, workspace, label, expires, false).await?;
+        let record = self.put_token(&token, workspace, &label, expires, false, grant).await?;
         Ok((token, record))
+    }
+
+    /// A token by its prefix.
+    pub fn token(&self, prefix: &str) -> Option<(String, TokenRecord)> {
+        self.read().tokens.get_key_value(prefix).map(|(prefix, record)| (prefix.clone(), record.clone()))
     }
 
     /// Tokens of a workspace, of all for the empty name, oldest first.
@@ -340,6 +443,7 @@ impl Tenancy {
         label: &str,
         expires_unix_ms: u64,
         preset: bool,
+        grant: Grant,
     ) -> Result<TokenRecord, TenancyError> {
         let now = now_ms();
         let record = TokenRecord {
@@ -350,6 +454,7 @@ impl Tenancy {
             expires_unix_ms,
             last_used_unix_ms: 0,
             preset,
+            grant,
         };
         let (key, value) = (token.prefix().to_owned(), record.clone());
         self.blocking(move |disk| disk.tokens.put(&key, &value)).await?;
@@ -419,112 +524,5 @@ pub fn check_name(name: &str) -> Result<(), TenancyError> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn preset() -> Token {
-        Token::parse("pds_0123456789abcdef0123456789abcdef").unwrap()
-    }
-
-    fn never(_: &Token) -> std::io::Result<()> {
-        panic!("nothing is shown")
-    }
-
-    /// A last use may still be on its way to the disk when its tenancy is dropped.
-    async fn reopened(state: &Path) -> Tenancy {
-        for _ in 0..100 {
-            if let Ok(tenancy) = Tenancy::open(state) {
-                return tenancy;
-            }
-            tokio::time::sleep(std::time::Duration::from_millis(20)).await;
-        }
-        panic!("the records stay in use");
-    }
-
-    #[tokio::test]
-    async fn the_first_token_is_shown_once() {
-        let state = tempfile::tempdir().unwrap();
-        let shown = std::cell::RefCell::new(None);
-        {
-            let tenancy = Tenancy::open(state.path()).unwrap();
-            tenancy.first_boot(None, |_| Err(std::io::Error::other("no console"))).await.unwrap();
-            assert!(tenancy.tokens("").is_empty());
-            tenancy
-                .first_boot(None, |token| {
-                    *shown.borrow_mut() = Some(token.clone());
-                    Ok(())
-                })
-                .await
-                .unwrap();
-        }
-        let tenancy = Tenancy::open(state.path()).unwrap();
-        tenancy.first_boot(None, never).await.unwrap();
-        let caller = tenancy.authenticate(&shown.take().unwrap(), now_ms()).unwrap();
-        assert_eq!(caller.workspace, DEFAULT_WORKSPACE);
-    }
-
-    #[tokio::test]
-    async fn a_revoked_preset_stays_revoked_until_it_changes() {
-        let state = tempfile::tempdir().unwrap();
-        let tenancy = Tenancy::open(state.path()).unwrap();
-        tenancy.first_boot(Some(preset()), never).await.unwrap();
-        assert!(tenancy.authenticate(&preset(), now_ms()).is_some());
-
-        assert!(tenancy.revoke(preset().prefix(), "").await.unwrap());
-        drop(tenancy);
-        let tenancy = reopened(state.path()).await;
-        tenancy.first_boot(Some(preset()), never).await.unwrap();
-        assert!(tenancy.authenticate(&preset(), now_ms()).is_none());
-
-        let other = Token::random();
-        tenancy.first_boot(Some(other.clone()), never).await.unwrap();
-        assert!(tenancy.authenticate(&other, now_ms()).is_some());
-    }
-
-    #[tokio::test]
-    async fn tokens_expire_belong_and_remember_their_use() {
-        let state = tempfile::tempdir().unwrap();
-        let tenancy = Tenancy::open(state.path()).unwrap();
-        assert!(tenancy.create_workspace("acme").await.unwrap());
-        assert!(!tenancy.create_workspace("acme").await.unwrap());
-        let (token, record) = tenancy.create_token("acme", "ci", 1).await.unwrap();
-
-        let now = now_ms();
-        assert_eq!(tenancy.authenticate(&token, now).unwrap().workspace, "acme");
-        assert_eq!(tenancy.tokens("acme")[0].1.last_used_unix_ms, now);
-        tenancy.authenticate(&token, now + 59_000).unwrap();
-        assert_eq!(tenancy.tokens("acme")[0].1.last_used_unix_ms, now);
-        assert!(tenancy.authenticate(&token, record.expires_unix_ms).is_none());
-        assert!(!tenancy.revoke(token.prefix(), "default").await.unwrap());
-        assert!(tenancy.delete_workspace("acme").await.unwrap());
-        assert!(tenancy.authenticate(&token, now).is_none());
-        assert!(Tenancy::open(tempfile::tempdir().unwrap().path()).unwrap().tokens("").is_empty());
-    }
-
-    #[tokio::test]
-    async fn a_token_never_outlives_the_one_that_made_it() {
-        let state = tempfile::tempdir().unwrap();
-        let tenancy = Tenancy::open(state.path()).unwrap();
-        tenancy.create_workspace("acme").await.unwrap();
-        let (short, record) = tenancy.create_token("acme", "", 2).await.unwrap();
-        let caller = Caller { workspace: "acme".into(), prefix: short.prefix().to_owned() };
-        for (days, same) in [(0, true), (3, true), (1, false)] {
-            let (_, minted) = tenancy.mint(&caller, "", days).await.unwrap();
-            assert!(minted.expires_unix_ms != 0 && minted.expires_unix_ms <= record.expires_unix_ms);
-            assert_eq!(minted.expires_unix_ms == record.expires_unix_ms, same, "{days}");
-        }
-        let (endless, _) = tenancy.create_token("acme", "", 0).await.unwrap();
-        let caller = Caller { workspace: "acme".into(), prefix: endless.prefix().to_owned() };
-        assert_eq!(tenancy.mint(&caller, "", 0).await.unwrap().1.expires_unix_ms, 0);
-        tenancy.revoke(endless.prefix(), "").await.unwrap();
-        assert!(tenancy.mint(&caller, "", 0).await.is_err());
-    }
-
-    #[test]
-    fn names_are_labels() {
-        for bad in ["", "-a", "a-", "A", "a.b", "a_b", "admin", &"a".repeat(41)] {
-            assert!(check_name(bad).is_err(), "{bad:?}");
-        }
-        check_name("a-1").unwrap();
-    }
-}
+#[path = "tenancy_tests.rs"]
+mod tests;

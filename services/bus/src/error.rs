@@ -21,8 +21,10 @@ pub enum Error {
     WrongState(String),
     /// No memory or processors to spare now; ask again later. Nothing was made.
     NoCapacity(String),
-    /// The workspace has as much as it may have; asking again does not help until something is deleted. Nothing was made.
+    /// The workspace has as much as it may have; ask again when something is deleted. Nothing was made.
     Quota(String),
+    /// This alone is more than the workspace may have; asking again does not help. Nothing was made.
+    BeyondQuota(String),
     /// Not enough storage. Nothing was made.
     NoSpace(String),
     /// Not ready yet (a template is still being baked, a daemon is still starting); ask again soon. Nothing was made.
@@ -49,6 +51,7 @@ impl Error {
             | Self::WrongState(text)
             | Self::NoCapacity(text)
             | Self::Quota(text)
+            | Self::BeyondQuota(text)
             | Self::NoSpace(text)
             | Self::NotReady(text)
             | Self::GuestUnreachable(text)

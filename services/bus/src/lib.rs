@@ -15,6 +15,7 @@ mod id;
 
 pub mod api;
 pub mod network;
+pub mod quota;
 pub mod storage;
 pub mod systemd;
 pub mod vmm;

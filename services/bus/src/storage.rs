@@ -5,7 +5,10 @@ use std::{collections::BTreeMap, future::Future, sync::Arc};
 use serde::{Deserialize, Serialize};
 use zbus::{Type, interface, object_server::SignalEmitter};
 
-use crate::Result;
+use crate::{
+    Result,
+    quota::{Quota, Resource},
+};
 
 /// Well-known name of the daemon.
 pub const NAME: &str = "ai.pandastack.storage1";
@@ -253,6 +256,15 @@ pub trait StorageBackend: Send + Sync + 'static {
         size_mib: u64,
     ) -> impl Future<Output = Result<VolumeInfo>> + Send;
     /// See [`Storage`].
+    fn set_quota(
+        &self,
+        workspace: String,
+        resource: Resource,
+        limit: i64,
+    ) -> impl Future<Output = Result<()>> + Send;
+    /// See [`Storage`].
+    fn quotas(&self, workspace: String) -> impl Future<Output = Result<Vec<Quota>>> + Send;
+    /// See [`Storage`].
     fn hold_volumes(
         &self,
         sandbox: String,
@@ -407,6 +419,17 @@ impl<B: StorageBackend> Storage<B> {
     /// when it would shrink.
     async fn grow_volume(&self, workspace: String, name: String, size_mib: u64) -> Result<VolumeInfo> {
         self.0.grow_volume(workspace, name, size_mib).await
+    }
+
+    /// Sets how much a workspace may have of `volumes` or `volume_mib`, durably; below 0: no limit. What is there already
+    /// stays.
+    async fn set_quota(&self, workspace: String, resource: Resource, limit: i64) -> Result<()> {
+        self.0.set_quota(workspace, resource, limit).await
+    }
+
+    /// What a workspace may have of each, and has.
+    async fn quotas(&self, workspace: String) -> Result<Vec<Quota>> {
+        self.0.quotas(workspace).await
     }
 
     /// Records durably that a sandbox has these volumes, all or none: many readers, or one writer. `WrongState` names the

@@ -7,6 +7,7 @@ use zbus::{OwnedFd, Type, interface, object_server::SignalEmitter};
 
 use crate::{
     Error, Result,
+    quota::{Quota, Resource},
     storage::{SnapshotInfo, VolumeUse},
 };
 
@@ -225,6 +226,15 @@ pub trait VmmBackend: Send + Sync + 'static {
         children: Vec<Child>,
     ) -> impl Future<Output = Result<Fork>> + Send;
     /// See [`Vmm`].
+    fn set_quota(
+        &self,
+        workspace: String,
+        resource: Resource,
+        limit: i64,
+    ) -> impl Future<Output = Result<()>> + Send;
+    /// See [`Vmm`].
+    fn quotas(&self, workspace: String) -> impl Future<Output = Result<Vec<Quota>>> + Send;
+    /// See [`Vmm`].
     fn events(&self, id: String) -> impl Future<Output = Result<Vec<Event>>> + Send;
     /// See [`Vmm`].
     fn capacity(&self) -> impl Future<Output = Result<Capacity>> + Send;
@@ -324,6 +334,17 @@ impl<B: VmmBackend> Vmm<B> {
     /// remembered. Fails as a whole, with nothing left, when no child could be made.
     async fn fork(&self, request: String, id: String, children: Vec<Child>) -> Result<Fork> {
         self.0.fork(request, id, children).await
+    }
+
+    /// Sets how much a workspace may have of `sandboxes`, `vcpus`, `memory_mib`, `disk_mib` or `snapshots`, durably; below 0: no
+    /// limit of its own. What is there already stays.
+    async fn set_quota(&self, workspace: String, resource: Resource, limit: i64) -> Result<()> {
+        self.0.set_quota(workspace, resource, limit).await
+    }
+
+    /// What a workspace may have of each, and has.
+    async fn quotas(&self, workspace: String) -> Result<Vec<Quota>> {
+        self.0.quotas(workspace).await
     }
 
     /// What happened to a sandbox, oldest first, a bounded number.

@@ -5,7 +5,11 @@
 
 use std::{future::Future, os::fd::OwnedFd, os::unix::net::UnixStream, path::Path, sync::Arc};
 
-use pandastack_bus::{Error, Result, api, network, storage, vmm, zbus};
+use pandastack_bus::{
+    Error, Result, api, network,
+    quota::{Quota, Resource},
+    storage, vmm, zbus,
+};
 
 /// Answers everything with the same refusal: only the shape of the interface is looked at.
 struct Nobody;
@@ -15,6 +19,12 @@ async fn no<T>() -> Result<T> {
 }
 
 impl vmm::VmmBackend for Nobody {
+    fn set_quota(&self, _: String, _: Resource, _: i64) -> impl Future<Output = Result<()>> + Send {
+        no()
+    }
+    fn quotas(&self, _: String) -> impl Future<Output = Result<Vec<Quota>>> + Send {
+        no()
+    }
     fn create(
         &self,
         _: String,
@@ -81,6 +91,12 @@ impl vmm::VmmBackend for Nobody {
 }
 
 impl storage::StorageBackend for Nobody {
+    fn set_quota(&self, _: String, _: Resource, _: i64) -> impl Future<Output = Result<()>> + Send {
+        no()
+    }
+    fn quotas(&self, _: String) -> impl Future<Output = Result<Vec<Quota>>> + Send {
+        no()
+    }
     fn templates(&self) -> impl Future<Output = Result<Vec<storage::TemplateInfo>>> + Send {
         no()
     }
@@ -215,6 +231,15 @@ impl network::NetworkBackend for Nobody {
 }
 
 impl api::ApiBackend for Nobody {
+    fn remove_quota(&self, _: String, _: Resource) -> impl Future<Output = Result<()>> + Send {
+        no()
+    }
+    fn set_quota(&self, _: String, _: Resource, _: u64) -> impl Future<Output = Result<()>> + Send {
+        no()
+    }
+    fn quotas(&self, _: String) -> impl Future<Output = Result<Vec<Quota>>> + Send {
+        no()
+    }
     fn create_workspace(&self, _: String) -> impl Future<Output = Result<bool>> + Send {
         no()
     }
@@ -230,7 +255,23 @@ impl api::ApiBackend for Nobody {
     fn list_tokens(&self, _: String) -> impl Future<Output = Result<Vec<api::TokenInfo>>> + Send {
         no()
     }
+    fn create_scoped_token(
+        &self,
+        _: String,
+        _: String,
+        _: u32,
+        _: String,
+        _: String,
+    ) -> impl Future<Output = Result<String>> + Send {
+        no()
+    }
     fn revoke_token(&self, _: String) -> impl Future<Output = Result<bool>> + Send {
+        no()
+    }
+    fn set_rate(&self, _: String, _: u32, _: u32, _: u32) -> impl Future<Output = Result<()>> + Send {
+        no()
+    }
+    fn rate(&self, _: String) -> impl Future<Output = Result<api::Rate>> + Send {
         no()
     }
 }

@@ -1,7 +1,7 @@
 //! What every daemon's `main` has in common.
 //!
 //! Owns: the journal, the runtime, the bus connection, readiness, reloads, the watchdog, the end; atomic files
-//! ([`files`]) and records that survive a power cut ([`records`]).
+//! ([`files`]), records that survive a power cut ([`records`]), quotas of workspaces ([`quotas`]).
 //! Refuses to know: what any daemon is for.
 //!
 //! ```text
@@ -13,6 +13,7 @@ mod log;
 mod notify;
 
 pub mod files;
+pub mod quotas;
 pub mod records;
 
 use std::{

@@ -1,6 +1,10 @@
 //! The verbs of the bus, each as one call of what does it: alone with what it changes, in a task of its own.
 
-use pandastack_bus::{self as bus, storage::*};
+use pandastack_bus::{
+    self as bus,
+    quota::{Quota, Resource},
+    storage::*,
+};
 
 use crate::{
     capture,
@@ -125,6 +129,14 @@ impl StorageBackend for Manager {
     async fn grow_volume(&self, workspace: String, name: String, size_mib: u64) -> bus::Result<VolumeInfo> {
         self.run("grow_volume", move |inner| inner.volumes.grow(&inner.place, &workspace, &name, size_mib))
             .await
+    }
+
+    async fn set_quota(&self, workspace: String, resource: Resource, limit: i64) -> bus::Result<()> {
+        self.run("set_quota", move |inner| inner.volumes.set_quota(&workspace, resource, limit)).await
+    }
+
+    async fn quotas(&self, workspace: String) -> bus::Result<Vec<Quota>> {
+        self.run("quotas", move |inner| Ok(inner.volumes.quotas(&workspace))).await
     }
 
     async fn hold_volumes(

@@ -32,6 +32,9 @@ pub enum StorageError {
     /// Not enough space on the data partition: delete something. Nothing was made.
     #[error("{0}")]
     NoSpace(String),
+    /// What has to do with quotas: its own error says what to do. Nothing was made.
+    #[error("{}", .0.message())]
+    Refused(bus::Error),
     /// The data partition is of the wrong kind: make another one.
     #[error("the file system of {} cannot share blocks between files (reflink): it has to be XFS made with reflink=1", path.display())]
     NoReflink {
@@ -93,6 +96,7 @@ impl From<StorageError> for bus::Error {
             StorageError::WrongState(text) => Self::WrongState(text),
             StorageError::NotReady(text) => Self::NotReady(text),
             StorageError::NoSpace(text) => Self::NoSpace(text),
+            StorageError::Refused(error) => error,
             error => Self::Internal(chain(&error)),
         }
     }

@@ -10,6 +10,7 @@
 //!   <state>/snapshots/<id>/                      mem, state, root.img, drives, manifest.json, hashes.json: sealed, too
 //!   <state>/volumes/<id>/                        disk.img, manifest.json; the id is ours, names of tenants are no paths
 //!   <state>/holds/<sandbox>.json                 the volumes that a sandbox has
+//!   <state>/quotas/<workspace>.json              how many volumes, and how large, a workspace may have
 //!   <state>/zero.img                             what a read-only drive without a volume is
 //!   <state>/manifest.key                         what manifests of snapshots are authenticated with
 //!   <state>/staging/                             everything that is not finished; emptied at start
@@ -150,6 +151,11 @@ impl Layout {
     /// One volume.
     pub fn volume(&self, id: &SandboxId) -> PathBuf {
         self.volumes().join(id.as_str())
+    }
+
+    /// What workspaces may have.
+    pub fn quotas(&self) -> PathBuf {
+        self.state.join("quotas")
     }
 
     /// Parent of the records of who has which volumes.

@@ -18,9 +18,13 @@ use std::{
 use nix::fcntl::OFlag;
 use pandastack_bus::{
     SandboxId,
+    quota::{Quota, Resource},
     storage::{VolumeInfo, VolumeUse},
 };
-use pandastack_daemon::{chain, files};
+use pandastack_daemon::{
+    chain, files,
+    quotas::{self, Quotas},
+};
 use serde::{Deserialize, Serialize};
 
 use crate::{
@@ -70,6 +74,7 @@ type Assigned<'a> = (&'a VolumeUse, &'static str);
 #[derive(Debug)]
 pub struct Volumes {
     index: Mutex<Index>,
+    quotas: Quotas,
 }
 
 impl Volumes {
@@ -105,20 +110,21 @@ impl Volumes {
                 Err(error) => tracing::error!(%sandbox, "its volumes are not known: {}", chain(&error)),
             }
         }
-        Ok(Self { index: Mutex::new(index) })
+        let quotas = Quotas::open(&layout.quotas()).at(&layout.quotas())?;
+        Ok(Self { index: Mutex::new(index), quotas })
     }
 
     /// Makes one with an empty file system, durably.
     ///
     /// # Errors
-    /// [`StorageError::Invalid`], [`StorageError::Exists`], [`StorageError::NoSpace`].
+    /// [`StorageError::Invalid`], [`StorageError::Exists`], [`StorageError::Refused`], [`StorageError::NoSpace`].
     pub fn create(&self, place: &Place, workspace: &str, name: &str, size_mib: u64) -> Result<VolumeInfo> {
         check(workspace, name, size_mib)?;
         let free = |index: &Index| {
             if index.volumes.contains_key(&key(workspace, name)) {
                 Err(StorageError::Exists(format!("volume {name:?} is there already")))
             } else {
-                Ok(())
+                index.admit(&self.quotas, workspace, 1, size_mib)
             }
         };
         free(&self.lock())?;
@@ -187,7 +193,7 @@ impl Volumes {
     ///
     /// # Errors
     /// [`StorageError::NotFound`]; [`StorageError::WrongState`] while a sandbox has it; [`StorageError::Invalid`] when it
-    /// would shrink or be too large; [`StorageError::NoSpace`].
+    /// would shrink or be too large; [`StorageError::Refused`]; [`StorageError::NoSpace`].
     pub fn grow(&self, place: &Place, workspace: &str, name: &str, size_mib: u64) -> Result<VolumeInfo> {
         check(workspace, name, size_mib)?;
         let mut index = self.lock();
@@ -198,6 +204,7 @@ impl Volumes {
             return Err(StorageError::Invalid(format!("volume {name:?} has {now} MiB and never shrinks")));
         }
         if size_mib > now {
+            index.admit(&self.quotas, workspace, 0, size_mib - now)?;
             place.admit_bytes((size_mib - now) << 20)?;
             let folder = place.layout.volume(&volume.id);
             let path = folder.join(layout::DISK);
@@ -313,12 +320,44 @@ impl Volumes {
         self.lock().disks(layout, sandbox, workspace, volumes)
     }
 
+    /// Sets how much a workspace may have, or takes the limit away (below 0), durably.
+    ///
+    /// # Errors
+    /// [`StorageError::Refused`] has what is wrong.
+    pub fn set_quota(&self, workspace: &str, resource: Resource, limit: i64) -> Result<()> {
+        if !Resource::OF_STORAGE.contains(&resource) {
+            return Err(StorageError::Invalid(format!("storage does not make {}", resource.as_str())));
+        }
+        self.quotas.set(workspace, resource, u64::try_from(limit).ok()).map_err(StorageError::Refused)
+    }
+
+    /// Limits and use of a workspace.
+    pub fn quotas(&self, workspace: &str) -> Vec<Quota> {
+        quotas::lines(&self.quotas.of(workspace), self.lock().used(workspace))
+    }
+
     fn lock(&self) -> MutexGuard<'_, Index> {
         self.index.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl Index {
+    /// What a workspace has.
+    fn used(&self, workspace: &str) -> [(Resource, u64); 2] {
+        let theirs = self.volumes.values().filter(|volume| volume.manifest.workspace == workspace);
+        let sizes = theirs.map(|volume| volume.manifest.size_mib);
+        let (count, mib) = sizes.fold((0, 0u64), |(count, sum), mib| (count + 1, sum.saturating_add(mib)));
+        [(Resource::Volumes, count), (Resource::VolumeMib, mib)]
+    }
+
+    /// Whether a workspace may have so many more volumes, and MiB of them.
+    fn admit(&self, quotas: &Quotas, workspace: &str, volumes: u64, mib: u64) -> Result<()> {
+        let limits = quotas.of(workspace);
+        let pairs = self.used(workspace).into_iter().zip([volumes, mib]);
+        let check = |((resource, used), more)| quotas::admit(&limits, resource, used, more);
+        pairs.into_iter().try_for_each(check).map_err(StorageError::Refused)
+    }
+
     fn find(&self, workspace: &str, name: &str) -> Result<&Volume> {
         self.volumes.get(&key(workspace, name)).ok_or_else(|| {
             let shown: String = name.chars().take(64).collect();

@@ -6,6 +6,7 @@ use std::{os::fd::OwnedFd, sync::Arc};
 
 use pandastack_bus::{
     Error, Result, SandboxId,
+    quota::{Quota, Resource},
     storage::SnapshotInfo,
     vmm::{
         Capacity, Child, Event as Happened, Fork, SandboxInfo, SandboxSpec, State as Public, VmmBackend,
@@ -149,6 +150,14 @@ impl<W: World> VmmBackend for Backend<W> {
 
     async fn capacity(&self) -> Result<Capacity> {
         self.0.capacity()
+    }
+
+    async fn set_quota(&self, workspace: String, resource: Resource, limit: i64) -> Result<()> {
+        self.0.set_quota(workspace, resource, limit).await
+    }
+
+    async fn quotas(&self, workspace: String) -> Result<Vec<Quota>> {
+        self.0.quota_lines(&workspace).await
     }
 
     async fn create_timings(&self, id: String) -> Result<Vec<(String, u64)>> {

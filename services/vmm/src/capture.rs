@@ -196,6 +196,10 @@ impl<W: World> Manager<W> {
         if let Some(info) = self.taken_before(sandbox.id.as_str(), &wanted).await? {
             return Ok(info);
         }
+        let workspace = sandbox.record().sandbox().map(|inner| inner.spec.workspace.clone());
+        let workspace = workspace.ok_or_else(|| unknown_sandbox(sandbox.id.as_str()))?;
+        // Until storage counts it itself.
+        let _claim = self.claim_snapshot(&workspace, &wanted).await?;
         let _turn = sandbox.turn().await;
         let record = sandbox.record();
         let spec = spec(&record, &wanted, Purpose::Snapshot)?;

@@ -131,11 +131,12 @@ impl<W: World> Manager<W> {
         let deadline = accepted + WHOLE;
         let sandbox = self.wished(accepted, request, spec).await?;
         let shape = &sandbox.shape;
-        let mut claim = self.claim(&spec.workspace)?;
+        let mut claims = self.claim(&spec.workspace, shape, 1)?;
+        let claim = claims.first_mut().ok_or_else(|| Error::Internal("nothing was claimed".into()))?;
         // At once, before it waits for its turn; what counts is asked then.
         admission::admit(&self.host()?, shape.memory_mib, sandbox.spec.disk_mib)?;
         let _under_way = UnderWay::new(&self.creating);
-        self.place(accepted, deadline, &mut claim, &sandbox).await
+        self.place(accepted, deadline, claim, &sandbox).await
     }
 
     /// What a wish comes to: from a template, or from a snapshot.

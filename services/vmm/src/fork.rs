@@ -90,8 +90,7 @@ impl<W: World> Manager<W> {
         let record = parent.record();
         let inner = record.sandbox().cloned().ok_or_else(|| pandastack_bus::vmm::unknown_sandbox(id))?;
         let count = children.len() as u64;
-        let claims: Vec<_> =
-            children.iter().map(|_| self.claim(&inner.spec.workspace)).collect::<Result<_>>()?;
+        let claims = self.claim(&inner.spec.workspace, &inner.shape, count)?;
         let need = admission::need_mib(inner.shape.memory_mib);
         let host = self.host()?;
         let others = host.memory_pending_mib + need * (count - 1);

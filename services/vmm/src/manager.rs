@@ -18,7 +18,10 @@ use pandastack_bus::{
     storage::SnapshotInfo,
     vmm::{Capacity, Fork, unknown_sandbox},
 };
-use pandastack_daemon::records::{Records, RecordsError};
+use pandastack_daemon::{
+    quotas::Quotas,
+    records::{Records, RecordsError},
+};
 use tokio::{
     sync::{Notify, Semaphore, mpsc, watch},
     time::Instant,
@@ -43,7 +46,7 @@ pub struct Config {
     pub slots: usize,
     /// Restores, and starts of units, at the same time.
     pub parallel: usize,
-    /// Sandboxes that one workspace may have, whatever their state.
+    /// Sandboxes that one workspace may have, whatever their state, unless it has a quota of its own.
     pub workspace_sandboxes: usize,
     /// Seconds without use after which a persistent sandbox is hibernated; 0: never.
     pub idle_hibernate_seconds: u64,
@@ -95,8 +98,10 @@ pub struct Manager<W> {
     pub recoveries: Semaphore,
     /// Sandboxes hibernated by us at the same time.
     pub hibernations: Semaphore,
-    /// Sandboxes that workspaces are about to get.
+    /// What workspaces are about to get.
     pub claims: Claims,
+    /// What workspaces may have.
+    pub quotas: Arc<Quotas>,
     /// Creates under way.
     pub creating: watch::Sender<usize>,
     /// Memory that creates under way are expected to take, MiB.
@@ -129,6 +134,8 @@ impl<W: World> Manager<W> {
     ) -> std::result::Result<Arc<Self>, RecordsError> {
         let records: Records<Record> = Records::open(&directory.join("sandboxes"))?;
         let tombstones: Records<Tombstone> = Records::open(&directory.join("requests"))?;
+        let at = directory.join("quotas");
+        let quotas = Quotas::open(&at).map_err(|source| RecordsError::Io { path: at, source })?;
         let manager = Self {
             world,
             config,
@@ -146,6 +153,7 @@ impl<W: World> Manager<W> {
             recoveries: Semaphore::new(config.parallel),
             hibernations: Semaphore::new(config.parallel),
             claims: Claims::default(),
+            quotas: Arc::new(quotas),
             creating: watch::Sender::new(0),
             pending_mib: Arc::default(),
             refill: Notify::new(),

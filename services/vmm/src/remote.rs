@@ -7,6 +7,7 @@ use std::os::fd::OwnedFd;
 use pandastack_bus::{
     Result,
     network::{Attachment, NetworkBackend, NetworkProxy},
+    quota::{Quota, Resource},
     storage::{
         CaptureKind, Fill, Owner, SnapshotInfo, SnapshotSpec, StorageBackend, StorageProxy, TemplateInfo,
         Usage, VolumeInfo, VolumeUse,
@@ -89,6 +90,12 @@ impl StorageBackend for RemoteStorage {
     }
     async fn grow_volume(&self, workspace: String, name: String, size_mib: u64) -> Result<VolumeInfo> {
         self.0.grow_volume(workspace, name, size_mib).await
+    }
+    async fn set_quota(&self, workspace: String, resource: Resource, limit: i64) -> Result<()> {
+        self.0.set_quota(workspace, resource, limit).await
+    }
+    async fn quotas(&self, workspace: String) -> Result<Vec<Quota>> {
+        self.0.quotas(workspace).await
     }
     async fn hold_volumes(&self, sandbox: String, workspace: String, volumes: Vec<VolumeUse>) -> Result<()> {
         self.0.hold_volumes(sandbox, workspace, volumes).await

@@ -108,8 +108,8 @@ struct Whole {
 }
 
 impl Whole {
-    fn new(running: Running, keys: String, share: &Share) -> Self {
-        let collected = || Collected::new(share, STREAM_CAP);
+    fn new(running: Running, keys: String, share: &Share, cap: usize) -> Self {
+        let collected = || Collected::new(share, cap);
         Self { running, keys, stdout: collected(), stderr: collected() }
     }
 
@@ -211,7 +211,12 @@ impl Whole {
         (status = 404, body = Error), (status = 409, body = Error),
         (status = 413, body = Error), (status = 504, description = "the time limit passed", body = ExecTimeout),
         (status = 507, body = Error)))]
-pub async fn exec(app: Arc<App>, id: String, mut input: Input) -> Answer {
+pub async fn exec(app: Arc<App>, id: String, input: Input) -> Answer {
+    exec_capped(app, id, input, STREAM_CAP).await
+}
+
+/// As [`exec`], with at most `cap` bytes of each stream.
+pub async fn exec_capped(app: Arc<App>, id: String, mut input: Input, cap: usize) -> Answer {
     let running = start(&app, &id, &mut input).await?;
     if running.session.is_detached() {
         let pid = running.session.started().map_or(0, |started| started.pid);
@@ -221,13 +226,19 @@ pub async fn exec(app: Arc<App>, id: String, mut input: Input) -> Answer {
         ));
     }
     let share = app.budget.of(&input.caller.workspace);
-    to_the_end(running, String::new(), &share, &input.request_id).await
+    to_the_end(running, String::new(), &share, cap, &input.request_id).await
 }
 
-/// Follows a command and answers with everything it wrote, and with `keys`: more of the result's object, each as JSON with a
-/// comma behind it.
-pub async fn to_the_end(running: Running, keys: String, share: &Share, request_id: &str) -> Answer {
-    let mut whole = Whole::new(running, keys, share);
+/// Follows a command and answers with everything it wrote, `cap` bytes of each stream, and with `keys`: more of the result's
+/// object, each as JSON with a comma behind it.
+pub async fn to_the_end(
+    running: Running,
+    keys: String,
+    share: &Share,
+    cap: usize,
+    request_id: &str,
+) -> Answer {
+    let mut whole = Whole::new(running, keys, share, cap);
     if let Ok(end) = tokio::time::timeout(DRIBBLE_AFTER, whole.collect()).await {
         return whole.answer(end, request_id).await;
     }

@@ -280,7 +280,7 @@ mod tests {
 
     fn asked(query: &str) -> Result<(u64, bool), Problem> {
         wishes(&Input {
-            caller: crate::auth::Caller { workspace: String::new(), prefix: String::new() },
+            caller: crate::auth::Caller::default(),
             request_id: String::new(),
             query: query.into(),
             headers: http::HeaderMap::new(),

@@ -10,9 +10,11 @@ use warp::{Filter, filters::BoxedFilter, reply::Response};
 use super::{Answer, finish, input, json, no_content};
 use crate::{
     app::App,
+    auth::Caller,
     input::{Input, JSON_LIMIT, segment, text, whole},
     problem::Problem,
-    tenancy::{TenancyError, TokenRecord},
+    scope::{Grant, Scope},
+    tenancy::{self, TenancyError, TokenRecord},
     wire::{Error, rfc3339},
 };
 
@@ -23,7 +25,8 @@ pub fn routes(app: &Arc<App>) -> BoxedFilter<(Response,)> {
         warp::any().map(move || Arc::clone(&app))
     };
     let tokens = warp::path!("v1" / "me" / "tokens");
-    let me = warp::path!("v1" / "me").and(warp::get()).and(input()).then(|input| finish(me(input)));
+    let me =
+        warp::path!("v1" / "me").and(warp::get()).and(with(app)).and(input()).then(|a, i| finish(me(a, i)));
     let list = tokens.and(warp::get()).and(with(app)).and(input()).then(|a, i| finish(list_tokens(a, i)));
     let make = tokens.and(warp::post()).and(with(app)).and(input()).then(|a, i| finish(create_token(a, i)));
     let revoke = warp::path!("v1" / "me" / "tokens" / String)
@@ -41,14 +44,18 @@ pub struct Me {
     pub user_id: String,
     /// Always empty: tokens have no e-mail address.
     pub email: String,
-    /// Always null: an appliance has no organisations.
+    /// Always null: a token is nobody's, so it has no choice of organisations. `GET /v1/orgs` has the one that it opens.
     #[schema(value_type = Option<Object>)]
     pub current_org: Option<serde_json::Value>,
-    /// Always empty.
+    /// Always empty, for the same reason.
     #[schema(value_type = Vec<Object>)]
     pub orgs: Vec<serde_json::Value>,
     /// Always `token`.
     pub auth_method: String,
+    /// The token's workspace.
+    pub workspace: String,
+    /// The token itself.
+    pub token: TokenInfo,
 }
 
 /// A token without its secret.
@@ -64,6 +71,10 @@ pub struct TokenInfo {
     pub last_used_at: Option<String>,
     /// RFC 3339; null when it does not expire.
     pub expires_at: Option<String>,
+    /// How much it may change.
+    pub scope: Scope,
+    /// The only sandbox that it is for; null when it is for the whole workspace.
+    pub sandbox_id: Option<String>,
 }
 
 /// A token that was just made.
@@ -90,6 +101,11 @@ pub struct CreateToken {
     #[serde(default, deserialize_with = "whole")]
     #[schema(minimum = 0, maximum = 36500)]
     pub expires_in_days: Option<u64>,
+    /// How much it may change; everything when absent. One that may not do everything makes no tokens.
+    pub scope: Option<Scope>,
+    /// The only sandbox that it is for; the whole workspace when absent.
+    #[schema(max_length = 64)]
+    pub sandbox_id: Option<String>,
 }
 
 fn info(prefix: String, record: &TokenRecord) -> TokenInfo {
@@ -100,6 +116,8 @@ fn info(prefix: String, record: &TokenRecord) -> TokenInfo {
         created_at: rfc3339(record.created_unix_ms),
         last_used_at: optional(record.last_used_unix_ms),
         expires_at: optional(record.expires_unix_ms),
+        scope: record.grant.scope,
+        sandbox_id: record.grant.sandbox.clone(),
     }
 }
 
@@ -108,7 +126,10 @@ fn refuse(error: TenancyError) -> Problem {
         TenancyError::BadToken(text) => Problem::invalid(text),
         TenancyError::TooMany => Problem::conflict(error.to_string()),
         TenancyError::NoWorkspace(_) => Problem::unauthorized("invalid api token"),
-        TenancyError::BadName | TenancyError::Permanent => Problem::invalid(error.to_string()),
+        TenancyError::NotWhole => Problem::new(StatusCode::FORBIDDEN, "scope", error.to_string()),
+        TenancyError::BadName | TenancyError::BadRate | TenancyError::Permanent => {
+            Problem::invalid(error.to_string())
+        }
         TenancyError::Records(cause) => {
             tracing::error!(error = %cause, "the tenants' records cannot be changed");
             Problem::internal()
@@ -118,13 +139,19 @@ fn refuse(error: TenancyError) -> Problem {
 
 /// Whose token this is.
 #[utoipa::path(get, path = "/v1/me", tag = "me", responses((status = 200, body = Me)))]
-pub async fn me(input: Input) -> Answer {
+pub async fn me(app: Arc<App>, input: Input) -> Answer {
+    let Caller { workspace, prefix, .. } = input.caller;
+    let Some((prefix, record)) = app.tenancy.token(&prefix) else {
+        return Err(Problem::unauthorized("invalid api token"));
+    };
     let me = Me {
-        user_id: input.caller.workspace,
+        user_id: workspace.clone(),
         email: String::new(),
         current_org: None,
         orgs: Vec::new(),
         auth_method: "token".into(),
+        workspace,
+        token: info(prefix, &record),
     };
     Ok(json(StatusCode::OK, &me))
 }
@@ -143,7 +170,8 @@ pub async fn list_tokens(app: Arc<App>, input: Input) -> Answer {
 
 /// Makes a token of the workspace.
 #[utoipa::path(post, path = "/v1/me/tokens", tag = "me", request_body = Option<CreateToken>,
-    responses((status = 200, body = NewToken), (status = 409, description = "too many tokens", body = Error)))]
+    responses((status = 200, body = NewToken), (status = 404, description = "no such sandbox", body = Error),
+        (status = 409, description = "too many tokens", body = Error)))]
 pub async fn create_token(app: Arc<App>, mut input: Input) -> Answer {
     let wish: CreateToken = input.json(JSON_LIMIT).await?;
     for (field, given) in [("label", &wish.label), ("name", &wish.name)] {
@@ -151,7 +179,13 @@ pub async fn create_token(app: Arc<App>, mut input: Input) -> Answer {
     }
     let label = wish.label.or(wish.name).unwrap_or_default();
     let days = u32::try_from(wish.expires_in_days.unwrap_or(0)).unwrap_or(u32::MAX);
-    let (token, record) = app.tenancy.mint(&input.caller, &label, days).await.map_err(refuse)?;
+    let sandbox = wish.sandbox_id.filter(|id| !id.is_empty());
+    if let Some(id) = &sandbox {
+        app.own(&input.caller, id).await?;
+    }
+    let grant = Grant { scope: wish.scope.unwrap_or_default(), sandbox };
+    let wish = tenancy::NewToken { label, expires_in_days: days, grant };
+    let (token, record) = app.tenancy.mint(&input.caller, wish).await.map_err(refuse)?;
     let info = info(token.prefix().to_owned(), &record);
     tracing::info!(workspace = input.caller.workspace, token = token.prefix(), "token made");
     Ok(json(StatusCode::OK, &NewToken { token: token.reveal().to_owned(), info }))

@@ -10,9 +10,12 @@ pub mod files;
 pub mod forks;
 pub mod kernels;
 pub mod lifecycle;
+pub mod mcp;
 pub mod me;
 pub mod meta;
+pub mod orgs;
 pub mod promote;
+pub mod quotas;
 pub mod repl;
 pub mod sandboxes;
 pub mod snapshots;
@@ -72,7 +75,13 @@ pub fn all(app: &Arc<App>) -> BoxedFilter<(Response,)> {
         .unify()
         .or(templates::routes(app))
         .unify()
+        .or(mcp::routes(app))
+        .unify()
         .or(me::routes(app))
+        .unify()
+        .or(orgs::routes(app))
+        .unify()
+        .or(quotas::routes(app))
         .unify()
         .or(meta::routes(app))
         .unify()

@@ -25,6 +25,7 @@ use crate::{
     app::App,
     guest::{Session, Stdin},
     input::{Input, JSON_LIMIT, segment, whole},
+    output::STREAM_CAP,
     problem::{Problem, untimed},
     wire::{Error, rfc3339},
 };
@@ -304,7 +305,7 @@ pub async fn once(app: Arc<App>, id: String, mut input: Input) -> Answer {
         .map_err(|error| refuse(&app, &id, error))?;
     let share = app.budget.of(&input.caller.workspace);
     let keys = format!("\"language\":\"{language}\",");
-    to_the_end(Running::new(session, seconds), keys, &share, &input.request_id).await
+    to_the_end(Running::new(session, seconds), keys, &share, STREAM_CAP, &input.request_id).await
 }
 
 /// The code of a request.

@@ -17,7 +17,7 @@ use pandastack_api::{
     gate::Gate,
     listener,
     routes::{self, kernels::Kernels},
-    tenancy::Tenancy,
+    tenancy::{NewToken, Tenancy},
 };
 use pandastack_bus::{storage::Storage, vmm::Vmm, zbus};
 pub use storage::{FakeStorage, Shelf};
@@ -76,7 +76,7 @@ impl Appliance {
     /// The token of another workspace, and its public name.
     pub async fn other_workspace(&self) -> (String, String) {
         self.app.tenancy.create_workspace("acme").await.unwrap();
-        let (token, _) = self.app.tenancy.create_token("acme", "", 0).await.unwrap();
+        let (token, _) = self.app.tenancy.create_token("acme", NewToken::default()).await.unwrap();
         (token.reveal().to_owned(), token.prefix().to_owned())
     }
 }

@@ -11,12 +11,14 @@ use std::{
 use pandastack_api::tenancy::now_ms;
 use pandastack_bus::{
     Error, Result,
+    quota::{Quota, Resource},
     storage::{
         CaptureKind, Fill, Owner, Purpose, SnapshotInfo, SnapshotSpec, StorageBackend, TemplateInfo,
         TemplateState, Usage, VolumeInfo, VolumeUse,
     },
     vmm::{SandboxInfo, SandboxSpec},
 };
+use pandastack_daemon::quotas::{Limits, admit, lines};
 
 /// A storage with two templates that counts how often it is asked for one.
 pub struct FakeStorage {
@@ -29,6 +31,8 @@ pub struct FakeStorage {
 pub struct Shelf {
     pub snapshots: Mutex<BTreeMap<String, SnapshotInfo>>,
     pub volumes: Mutex<BTreeMap<(String, String), VolumeInfo>>,
+    /// Limits by workspace and resource; those of vmm, too.
+    pub limits: Mutex<BTreeMap<String, Limits>>,
     /// No space is left.
     pub full: AtomicBool,
 }
@@ -73,6 +77,26 @@ impl Shelf {
             all.get_mut(&key(volume)).unwrap().holders.push(sandbox.to_owned());
         }
         Ok(())
+    }
+
+    /// Sets a limit, or takes it away.
+    pub fn limit(&self, workspace: String, resource: Resource, limit: i64) {
+        let mut all = self.limits.lock().unwrap();
+        let limits = all.entry(workspace).or_default();
+        match u64::try_from(limit) {
+            Ok(limit) => drop(limits.insert(resource, limit)),
+            Err(_) => drop(limits.remove(&resource)),
+        }
+    }
+
+    /// Whether a workspace that has so much may get more.
+    pub fn admit(&self, workspace: &str, resource: Resource, used: u64, more: u64) -> Result<()> {
+        admit(&self.limits_of(workspace), resource, used, more)
+    }
+
+    /// The limits of a workspace.
+    pub fn limits_of(&self, workspace: &str) -> Limits {
+        self.limits.lock().unwrap().get(workspace).cloned().unwrap_or_default()
     }
 
     /// Detaches them.
@@ -147,7 +171,10 @@ impl StorageBackend for FakeStorage {
             created_unix_ms: now_ms(),
             holders: Vec::new(),
         };
-        match self.shelf.volumes.lock().unwrap().entry((workspace, name)) {
+        let mut all = self.shelf.volumes.lock().unwrap();
+        let used = all.keys().filter(|(whose, _)| *whose == workspace).count() as u64;
+        self.shelf.admit(&workspace, Resource::Volumes, used, 1)?;
+        match all.entry((workspace, name)) {
             Entry::Occupied(_) => Err(Error::Exists("volume is there".into())),
             Entry::Vacant(place) => Ok(place.insert(info).clone()),
         }
@@ -183,6 +210,19 @@ impl StorageBackend for FakeStorage {
         }
         info.size_mib = size_mib;
         Ok(info.clone())
+    }
+
+    async fn set_quota(&self, workspace: String, resource: Resource, limit: i64) -> Result<()> {
+        assert!(Resource::OF_STORAGE.contains(&resource));
+        self.shelf.limit(workspace, resource, limit);
+        Ok(())
+    }
+
+    async fn quotas(&self, workspace: String) -> Result<Vec<Quota>> {
+        let volumes = self.volumes(workspace.clone()).await?;
+        let mib = volumes.iter().map(|volume| volume.size_mib).sum();
+        let used = [(Resource::Volumes, volumes.len() as u64), (Resource::VolumeMib, mib)];
+        Ok(lines(&self.shelf.limits_of(&workspace), used))
     }
 
     async fn begin_capture(&self, _: String) -> Result<CaptureKind> {

@@ -14,6 +14,7 @@ use guest_init::agent::{Agent, machine::Machine, serve};
 use pandastack_api::tenancy::now_ms;
 use pandastack_bus::{
     Error, Result, SandboxId,
+    quota::{Quota, Resource},
     storage::{Purpose, SnapshotInfo},
     vmm::{
         Birth, Capacity, Child, Event, Fork, Mount, SandboxInfo, SandboxSpec, State, Vmm, VmmBackend,
@@ -21,6 +22,7 @@ use pandastack_bus::{
     },
     zbus::{self, object_server::SignalEmitter},
 };
+use pandastack_daemon::quotas::lines;
 use pandastack_protocol::{Defaults, Failure, Identity};
 use tokio::{net::UnixStream, task::JoinHandle};
 
@@ -131,6 +133,14 @@ impl FakeVmm {
         Ok(info)
     }
 
+    fn count(&self, workspace: &str) -> u64 {
+        self.sandboxes.lock().unwrap().values().filter(|info| info.workspace == workspace).count() as u64
+    }
+
+    fn admit(&self, workspace: &str, more: u64) -> Result<()> {
+        self.shelf.admit(workspace, Resource::Sandboxes, self.count(workspace), more)
+    }
+
     fn fail(&self) -> Result<()> {
         self.failures.lock().unwrap().pop().map_or(Ok(()), Err)
     }
@@ -154,6 +164,7 @@ impl VmmBackend for FakeVmm {
             }
             return self.sandboxes.lock().unwrap().get(id).cloned().ok_or_else(|| unknown_sandbox(id));
         }
+        self.admit(&spec.workspace, 1)?;
         let id = SandboxId::random().to_string();
         self.shelf.hold(&id, &spec)?;
         self.requests.lock().unwrap().insert(request, (id.clone(), spec.clone()));
@@ -289,6 +300,7 @@ impl VmmBackend for FakeVmm {
                 false => Err(Error::Exists("this request was made before, for something else".into())),
             };
         }
+        self.admit(&parent.workspace, children.len() as u64)?;
         let born = children.iter().enumerate().map(|(index, child)| {
             if self.stillborn.lock().unwrap().contains(&index) {
                 return Birth { id: String::new(), error: "no memory for it".into() };
@@ -315,6 +327,26 @@ impl VmmBackend for FakeVmm {
         let fork = Fork { snapshot, unix_ms: now_ms(), paused_us: 900, children: born };
         self.forks.lock().unwrap().insert(request, (children, fork.clone()));
         Ok(fork)
+    }
+
+    async fn set_quota(&self, workspace: String, resource: Resource, limit: i64) -> Result<()> {
+        assert!(Resource::OF_VMM.contains(&resource));
+        self.shelf.limit(workspace, resource, limit);
+        Ok(())
+    }
+
+    async fn quotas(&self, workspace: String) -> Result<Vec<Quota>> {
+        let all = self.list(workspace.clone()).await?;
+        let snapshots = self.shelf.snapshots.lock().unwrap();
+        let snapshots = snapshots.values().filter(|info| info.spec.workspace == workspace).count() as u64;
+        let used = [
+            (Resource::Sandboxes, all.len() as u64),
+            (Resource::Vcpus, all.iter().map(|info| u64::from(info.vcpus)).sum()),
+            (Resource::MemoryMib, all.iter().map(|info| info.memory_mib).sum()),
+            (Resource::DiskMib, all.iter().map(|info| info.disk_mib).sum()),
+            (Resource::Snapshots, snapshots),
+        ];
+        Ok(lines(&self.shelf.limits_of(&workspace), used))
     }
 
     async fn events(&self, _: String) -> Result<Vec<Event>> {

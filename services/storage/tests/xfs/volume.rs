@@ -5,6 +5,7 @@ use std::{fs, os::unix::fs::MetadataExt, path::PathBuf};
 use super::disk::{Disk, GROUP, access, bytes, fill_up, inode, list, spec, volume};
 use pandastack_bus::{
     Error,
+    quota::{Quota, Resource},
     storage::{Purpose, SnapshotSpec, StorageBackend as _, VolumeUse},
 };
 use pandastack_storage::Manager;
@@ -243,4 +244,36 @@ async fn held_volumes_take_the_place_of_drives_and_children_get_clones() {
     assert_eq!(disks(&disk).iter().filter(|path| path.exists()).count(), 2);
     manager.drop_volumes(A.into()).await.unwrap();
     assert!(manager.delete_volume("work".into(), "data".into()).await.unwrap());
+}
+
+#[tokio::test]
+async fn a_workspace_has_so_many_volumes_and_so_much_of_them_also_at_once() {
+    let Some(disk) = Disk::mount(&[]) else { return };
+    let manager = disk.open_imported().await;
+    let limit = |resource, limit| manager.set_quota("work".into(), resource, limit);
+    limit(Resource::Volumes, 2).await.unwrap();
+    limit(Resource::VolumeMib, 20).await.unwrap();
+    assert!(matches!(limit(Resource::Vcpus, 1).await, Err(Error::InvalidArgument(_))));
+    let create = |name: &str, mib| manager.create_volume("work".into(), name.into(), mib);
+
+    let (a, b, c, d) = tokio::join!(create("a", 8), create("b", 8), create("c", 8), create("d", 8));
+
+    let all = [a, b, c, d];
+    assert_eq!(all.iter().filter(|made| made.is_ok()).count(), 2, "{all:?}");
+    assert!(all.iter().all(|made| matches!(made, Ok(_) | Err(Error::Quota(_)))), "{all:?}");
+    let made: Vec<String> = all.iter().flatten().map(|info| info.name.clone()).collect();
+    assert_eq!(disks(&disk).len(), 2);
+    let grow = |name: &str, mib| manager.grow_volume("work".into(), name.into(), mib);
+    assert!(matches!(grow(&made[0], 16).await, Err(Error::Quota(_))));
+    assert!(matches!(grow(&made[0], 64).await, Err(Error::BeyondQuota(_))));
+    assert_eq!(grow(&made[0], 12).await.unwrap().size_mib, 12);
+    assert!(manager.create_volume("other".into(), "a".into(), 64).await.is_ok());
+    let again = disk.open();
+    let lines = again.quotas("work".into()).await.unwrap();
+    assert_eq!(
+        lines,
+        [Quota::new(Resource::Volumes, Some(2), 2), Quota::new(Resource::VolumeMib, Some(20), 20)]
+    );
+    assert!(manager.delete_volume("work".into(), made[1].clone()).await.unwrap());
+    assert!(create("e", 8).await.is_ok());
 }

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use pandastack_bus::{
     Error, Result,
+    quota::{Quota, Resource},
     storage::{
         CaptureKind, Fill, Owner, SnapshotInfo, SnapshotSpec, StorageBackend, TemplateInfo, TemplateState,
         Usage, VolumeInfo, VolumeUse,
@@ -40,6 +41,12 @@ fn info(spec: SnapshotSpec) -> SnapshotInfo {
 }
 
 impl StorageBackend for Handle {
+    async fn set_quota(&self, _: String, _: Resource, _: i64) -> Result<()> {
+        Err(Error::NotReady("vmm sets no limits elsewhere".into()))
+    }
+    async fn quotas(&self, _: String) -> Result<Vec<Quota>> {
+        Err(Error::NotReady("vmm asks for no limits elsewhere".into()))
+    }
     async fn templates(&self) -> Result<Vec<TemplateInfo>> {
         Ok(vec![template(&self.0.books.lock().unwrap())])
     }

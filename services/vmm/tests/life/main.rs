@@ -8,6 +8,7 @@ mod daemon;
 mod fake_storage;
 mod fakes;
 mod full;
+mod quotas;
 mod sandboxes;
 mod sleep;
 mod slots;
