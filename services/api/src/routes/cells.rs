@@ -182,10 +182,10 @@ fn shown(limit_ms: u64) -> String {
         (status = 413, body = Error), (status = 504, description = "the time limit passed", body = CellTimeout),
         (status = 507, body = Error)))]
 pub async fn run(app: Arc<App>, id: String, session: String, mut input: Input) -> Answer {
+    app.own(&input.caller, &id).await?;
     let wish: RunRequest = input.json(CODE_BODY_LIMIT).await?;
     let code = code(wish.code)?;
     let limit_ms = limit_ms(wish.timeout_ms, DEFAULT_TIMEOUT_MS)?;
-    app.own(&input.caller, &id).await?;
     let session = session_of(&session)?;
     let share = app.budget.of(&input.caller.workspace);
     let asked = json!({"do": "run", "session": session, "code": code, "timeout_ms": limit_ms});

@@ -154,10 +154,10 @@ pub struct OpenRequest {
         (status = 404, body = Error), (status = 409, body = Error),
         (status = 429, description = "eight sessions are open", body = Error), (status = 507, body = Error)))]
 pub async fn open(app: Arc<App>, id: String, mut input: Input) -> Answer {
+    app.own(&input.caller, &id).await?;
     let wish: OpenRequest = input.json(JSON_LIMIT).await?;
     let language = wish.language.filter(|language| !language.is_empty()).unwrap_or_else(|| "python".into());
     crate::input::text("language", &language, 64)?;
-    app.own(&input.caller, &id).await?;
     let share = app.budget.of(&input.caller.workspace);
     let question = json!({"do": "open", "language": language.to_ascii_lowercase()});
     let opening = async {
@@ -286,6 +286,7 @@ pub struct OnceResult {
         (status = 413, body = Error), (status = 504, description = "the time limit passed", body = Error),
         (status = 507, body = Error)))]
 pub async fn once(app: Arc<App>, id: String, mut input: Input) -> Answer {
+    app.own(&input.caller, &id).await?;
     let wish: OnceRequest = input.json(CODE_BODY_LIMIT).await?;
     let name = wish.language.unwrap_or_default();
     let Some((language, command)) = interpreter(&name) else {
@@ -296,7 +297,6 @@ pub async fn once(app: Arc<App>, id: String, mut input: Input) -> Answer {
     };
     let code = code(wish.code)?;
     let seconds = limit_ms(wish.timeout_ms, 0)?.div_ceil(1000);
-    app.own(&input.caller, &id).await?;
     let argv = command.iter().map(|&word| word.to_owned()).collect();
     let exec = Exec { argv, timeout_ms: seconds * 1000, ..Exec::default() };
     let activity = app.touch.in_use(&id);
