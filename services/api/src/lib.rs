@@ -30,5 +30,6 @@ pub mod scope;
 pub mod start;
 pub mod table;
 pub mod tenancy;
+pub mod tenant;
 pub mod touch;
 pub mod wire;
