@@ -268,7 +268,8 @@ async fn a_foreign_sandbox_is_not_there() {
     ] {
         for route in pandastack_api::table::ROUTES.iter().filter(|route| route.template.contains("{id}")) {
             let path = route.template.replace("{id}", id);
-            let body = if path.contains("exec") { &br#"{"cmd":"true"}"#[..] } else { b"" };
+            let runs = path.contains("exec") || path.contains("repl");
+            let body = if runs { &br#"{"cmd":"true","code":"1"}"#[..] } else { b"" };
             let reply = theirs.send(route.method, &format!("{path}?path=/etc/hostname"), &[], body).await;
             assert_eq!(reply.status, 404, "{} {path}: {}", route.method, reply.text());
         }

@@ -18,7 +18,8 @@ import sys
 import time
 
 FOLDER = pathlib.Path(os.environ.get("KERNELS_FOLDER", "/run/pandastack/kernels"))
-PATIENCE = 180
+# Seconds until `start` gives up.
+PATIENCE = 700
 
 
 def answers():

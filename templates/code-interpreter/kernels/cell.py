@@ -51,9 +51,7 @@ class Text:
         self.keep(text)
 
     def keep(self, text):
-        if not text:
-            return
-        if self.truncated:
+        if self.truncated or not text:
             return
         kept = shortened(text, STREAM_BYTES - self.size)
         size = len(kept.encode())

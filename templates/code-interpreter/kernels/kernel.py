@@ -21,9 +21,9 @@ from cell import Cell, ending
 
 HERE = pathlib.Path(__file__).resolve().parent
 MACHINE_ID = pathlib.Path("/etc/machine-id")
-# Seconds: until a new kernel answers, until a kernel does what it is told in passing, until an interrupted cell ends, and
+# Seconds: until a new kernel answers, until one does that imports from a cold disk, until a kernel does what it is told in passing, until an interrupted cell ends, and
 # until what a cell wrote has arrived after its end.
-START, ASIDE, INTERRUPT, LAST_OUTPUT = 120, 20, 5, 1
+START, WARM_START, ASIDE, INTERRUPT, LAST_OUTPUT = 120, 300, 20, 5, 1
 
 
 class KernelFailed(Exception):
@@ -72,6 +72,7 @@ class Process:
         environment = {name: value for name, value in os.environ.items() if name not in ("MPLBACKEND", "NOTIFY_SOCKET")}
         environment |= {"PYDEVD_DISABLE_FILE_VALIDATION": "1"}
         self.machine = machine()
+        limit = WARM_START if self.warm else START
         try:
             await self.manager.start_kernel(env=environment, cwd=os.environ.get("KERNELS_CWD", "/root"), stdout=asyncio.subprocess.DEVNULL,
                                             stderr=asyncio.subprocess.DEVNULL)
@@ -83,13 +84,13 @@ class Process:
                 pathlib.Path(f"/proc/{pid}/oom_score_adj").write_text("0")
             self.client = self.manager.client()
             self.client.start_channels(stdin=False, hb=False)
-            await self.client.wait_for_ready(timeout=START)
+            await self.client.wait_for_ready(timeout=limit)
             self.pumps = [asyncio.create_task(self.pump(channel)) for channel in (self.client.iopub_channel, self.client.shell_channel)]
             if self.language == "python":
                 path = str(HERE / "inside.py")
                 await self.aside("import sys, types\nm = types.ModuleType('_pandastack_kernel')\n"
                                  f"exec(compile(open({path!r}).read(), {path!r}, 'exec'), m.__dict__)\n"
-                                 f"sys.modules[m.__name__] = m\nm.set_up(shell, {self.mark!r}, {self.warm!r})", START)
+                                 f"sys.modules[m.__name__] = m\nm.set_up(shell, {self.mark!r}, {self.warm!r})", limit)
         except Exception as error:
             await self.kill()
             raise KernelFailed(f"no kernel for {self.language} could be started: {type(error).__name__}: {error}") from error
