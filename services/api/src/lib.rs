@@ -18,6 +18,7 @@ pub mod gate;
 pub mod guest;
 pub mod input;
 pub mod limit;
+pub mod lines;
 pub mod listener;
 pub mod metrics;
 pub mod openapi;

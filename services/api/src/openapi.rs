@@ -11,8 +11,8 @@ use utoipa::{
 
 use crate::{
     routes::{
-        exec, execs, files, forks, lifecycle, me, meta, promote, sandboxes, snapshots, state, templates,
-        volumes,
+        exec, execs, files, forks, lifecycle, logs, me, meta, promote, sandboxes, snapshots, state,
+        templates, volumes,
     },
     wire,
 };
@@ -67,6 +67,7 @@ use crate::{
         execs::list,
         execs::read,
         execs::kill,
+        logs::read,
         files::read,
         files::write,
         files::delete,

@@ -110,6 +110,13 @@ pub fn placed_event(event: &str, text: &str, offset: u64, next: u64) -> Bytes {
     out.into()
 }
 
+/// Appends an event with a line of a log.
+pub fn line_event(line: &str, out: &mut String) {
+    out.push_str("event: line\ndata: {\"line\":");
+    ascii_json(line, out);
+    out.push_str("}\n\n");
+}
+
 /// An event of a session that carries numbers and plain ASCII only.
 pub fn plain_event(event: &str, data: &serde_json::Value) -> Bytes {
     format!("event: {event}\ndata: {data}\n\n").into()
@@ -276,6 +283,9 @@ mod tests {
             chunk_event("stderr", "\u{85}\u{2028}é\u{1F600}\u{7f}\r"),
             "event: stderr\ndata: {\"chunk\":\"\\u0085\\u2028\\u00e9\\ud83d\\ude00\\u007f\\r\"}\n\n"
         );
+        let mut line = String::new();
+        line_event("é\n", &mut line);
+        assert_eq!(line, "event: line\ndata: {\"line\":\"\\u00e9\\n\"}\n\n");
         assert_eq!(exit_event(3, 6), "event: exit\ndata: {\"exit_code\":3,\"duration_ms\":6}\n\n");
         assert_eq!(error_event("command timeout"), "event: error\ndata: {\"error\":\"command timeout\"}\n\n");
     }

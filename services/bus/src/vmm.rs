@@ -206,6 +206,14 @@ pub trait VmmBackend: Send + Sync + 'static {
     /// See [`Vmm`].
     fn open_agent(&self, id: String, wake: bool) -> impl Future<Output = Result<StdFd>> + Send;
     /// See [`Vmm`].
+    fn open_console(
+        &self,
+        id: String,
+        lines: u32,
+        since: u64,
+        follow: bool,
+    ) -> impl Future<Output = Result<StdFd>> + Send;
+    /// See [`Vmm`].
     fn pause(&self, id: String) -> impl Future<Output = Result<SandboxInfo>> + Send;
     /// See [`Vmm`].
     fn resume(&self, id: String) -> impl Future<Output = Result<SandboxInfo>> + Send;
@@ -281,6 +289,13 @@ impl<B: VmmBackend> Vmm<B> {
     /// first if `wake` says so, once for however many callers; otherwise, and while it is paused, `WrongState`.
     async fn open_agent(&self, id: String, wake: bool) -> Result<OwnedFd> {
         Ok(self.0.open_agent(id, wake).await?.into())
+    }
+
+    /// The serial console of a sandbox as text to be read from a pipe: the last so many lines, not older than `since` (Unix
+    /// seconds), of the machine that runs it or ran it last. With `follow` what comes, too, until that machine ends.
+    /// Does not count as activity. `NoCapacity` when too many are read at once.
+    async fn open_console(&self, id: String, lines: u32, since: u64, follow: bool) -> Result<OwnedFd> {
+        Ok(self.0.open_console(id, lines, since, follow).await?.into())
     }
 
     /// Stops the processors; memory is kept, the process stays. Paused already: nothing to do. `WrongState` otherwise.

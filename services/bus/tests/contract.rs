@@ -43,6 +43,15 @@ impl vmm::VmmBackend for Nobody {
     fn open_agent(&self, _: String, _: bool) -> impl Future<Output = Result<OwnedFd>> + Send {
         no()
     }
+    fn open_console(
+        &self,
+        _: String,
+        _: u32,
+        _: u64,
+        _: bool,
+    ) -> impl Future<Output = Result<OwnedFd>> + Send {
+        no()
+    }
     fn pause(&self, _: String) -> impl Future<Output = Result<vmm::SandboxInfo>> + Send {
         no()
     }

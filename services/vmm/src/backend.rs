@@ -14,9 +14,10 @@ use pandastack_bus::{
 };
 
 use crate::{
+    console::{self, Wanted},
     machine::{Event, State},
     manager::Manager,
-    ports::{Guest, World},
+    ports::{Guest, Units, World},
     sandbox::{Happening, Sandbox},
 };
 
@@ -102,6 +103,14 @@ impl<W: World> VmmBackend for Backend<W> {
             }
             (_, None) => Err(unknown_sandbox(&id)),
         }
+    }
+
+    async fn open_console(&self, id: String, lines: u32, since: u64, follow: bool) -> Result<OwnedFd> {
+        let record = self.0.sandbox(&id)?.record();
+        let workspace = record.sandbox().map_or("", |inner| &inner.spec.workspace);
+        let place = self.0.consoles.enter(workspace)?;
+        let wanted = Wanted { lines: lines.min(console::LINES), since, follow };
+        self.0.world.units().console(record.machine(), wanted, place).await
     }
 
     async fn pause(&self, id: String) -> Result<SandboxInfo> {

@@ -27,6 +27,7 @@ use tokio::{
 use crate::{
     admission::{self, Host},
     catalogue::Catalogue,
+    console::Consoles,
     create::Requests,
     machine::State,
     ports::World,
@@ -99,6 +100,8 @@ pub struct Manager<W> {
     pub claims: Claims,
     /// Creates under way.
     pub creating: watch::Sender<usize>,
+    /// Consoles that are being read.
+    pub consoles: Consoles,
     /// Memory that creates under way are expected to take, MiB.
     pub pending_mib: Arc<AtomicU64>,
     /// Slots are missing.
@@ -147,6 +150,7 @@ impl<W: World> Manager<W> {
             hibernations: Semaphore::new(config.parallel),
             claims: Claims::default(),
             creating: watch::Sender::new(0),
+            consoles: Consoles::default(),
             pending_mib: Arc::default(),
             refill: Notify::new(),
             space: Mutex::new(None),

@@ -18,6 +18,7 @@ use pandastack_bus::{
 use tokio::{sync::oneshot, time::timeout};
 
 use crate::{
+    console::{self, Place, Wanted},
     ports::{Limits, Process, UnitState, Units},
     socket::Sockets,
 };
@@ -26,6 +27,8 @@ const PREFIX: &str = "pandastack-sandbox@";
 const SUFFIX: &str = ".service";
 /// Longer than the unit's own limits for starting and stopping.
 const JOB: Duration = Duration::from_secs(25);
+/// How often a followed console's machine is looked for.
+const CONSOLE_LOOK: Duration = Duration::from_secs(5);
 /// Ended jobs that nobody has asked for yet; a reply follows its job's end within a few messages.
 const ENDED_KEPT: usize = 1024;
 
@@ -151,6 +154,21 @@ impl Units for SystemdUnits {
     async fn list(&self) -> Result<Vec<UnitState>> {
         let rows = self.manager.list_units_by_patterns(&[], &[&format!("{PREFIX}*{SUFFIX}")]).await?;
         Ok(rows.iter().filter_map(unit_state).collect())
+    }
+
+    async fn console(&self, id: &SandboxId, wanted: Wanted, place: Place) -> Result<OwnedFd> {
+        let (reader, child) = console::read(&unit_name(id), id, wanted)?;
+        let (units, id) = (self.clone(), id.clone());
+        tokio::spawn(async move {
+            let ended = async {
+                while units.main_pid(&id).await.is_ok_and(|pid| pid != 0) {
+                    tokio::time::sleep(CONSOLE_LOOK).await;
+                }
+            };
+            console::attend(child, wanted, ended).await;
+            drop(place);
+        });
+        Ok(reader)
     }
 
     async fn obituary(&self, id: &SandboxId) -> String {

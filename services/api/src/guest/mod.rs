@@ -13,12 +13,14 @@
 
 mod error;
 mod followers;
+mod log;
 mod session;
 mod still;
 mod stream;
 
 pub use error::GuestError;
 use followers::Followers;
+pub use log::LogReader;
 pub use session::Session;
 pub use still::Still;
 pub use stream::{AgentStream, Pulse};
@@ -151,6 +153,18 @@ impl Guests {
         if still {
             // They would take requests, and answer none.
             self.drop_idle(sandbox);
+        }
+    }
+
+    /// Whether a guest that could not be reached does not run now and will again: it stands still, or is on its way there or
+    /// back.
+    async fn waits(&self, sandbox: &str, error: &GuestError) -> bool {
+        match error {
+            GuestError::Paused | GuestError::Asleep(_) => true,
+            GuestError::Bus(BusError::WrongState(_)) => {
+                !matches!(self.look(sandbox).await, Ok(State::Failed | State::Stopping))
+            }
+            _ => false,
         }
     }
 

@@ -8,6 +8,8 @@ pub mod execs;
 pub mod files;
 pub mod forks;
 pub mod lifecycle;
+mod log_lines;
+pub mod logs;
 pub mod me;
 pub mod meta;
 pub mod promote;
@@ -57,6 +59,8 @@ pub fn all(app: &Arc<App>) -> BoxedFilter<(Response,)> {
         .or(snapshots::routes(app))
         .unify()
         .or(execs::routes(app))
+        .unify()
+        .or(logs::routes(app))
         .unify()
         .or(volumes::routes(app))
         .unify()

@@ -2,6 +2,7 @@
 
 use std::{
     collections::{BTreeMap, HashMap},
+    io::Write,
     os::{fd::OwnedFd, unix::net::UnixStream as StdUnixStream},
     sync::{
         Arc, Mutex, OnceLock,
@@ -67,6 +68,8 @@ pub struct FakeVmm {
     pub stillborn: Mutex<Vec<usize>>,
     /// What the next fork answers instead of working.
     pub fork_failure: Mutex<Option<Error>>,
+    /// Consoles that are followed.
+    pub consoles: Mutex<Vec<std::io::PipeWriter>>,
     /// Sandboxes that cannot be deleted.
     pub undeletable: Mutex<Vec<String>>,
     forks: Mutex<HashMap<String, (Vec<Child>, Fork)>>,
@@ -90,6 +93,7 @@ impl FakeVmm {
             snapshots_asked: Mutex::default(),
             stillborn: Mutex::default(),
             fork_failure: Mutex::default(),
+            consoles: Mutex::default(),
             undeletable: Mutex::default(),
             forks: Mutex::default(),
             shelf,
@@ -241,6 +245,17 @@ impl VmmBackend for FakeVmm {
         });
         self.relays.lock().unwrap().entry(id).or_default().push(relay);
         Ok(near.into())
+    }
+
+    async fn open_console(&self, id: String, lines: u32, since: u64, follow: bool) -> Result<OwnedFd> {
+        self.fail()?;
+        self.change(&id, |_| ())?;
+        let (reader, mut writer) = std::io::pipe().unwrap();
+        write!(writer, "boot \u{1b}[0mé\nlines={lines} since={since} follow={follow}\n").unwrap();
+        if follow {
+            self.consoles.lock().unwrap().push(writer);
+        }
+        Ok(reader.into())
     }
 
     async fn pause(&self, id: String) -> Result<SandboxInfo> {

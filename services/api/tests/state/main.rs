@@ -8,6 +8,7 @@ mod common;
 
 mod execs;
 mod forks;
+mod logs;
 mod snapshots;
 mod verbs;
 mod volumes;
