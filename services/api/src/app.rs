@@ -22,6 +22,7 @@ use crate::{
     catalogue::Catalogue,
     fresh::Fresh,
     guest::Guests,
+    happenings::Happenings,
     limit::Limiter,
     metrics::Metrics,
     output::Budget,
@@ -56,6 +57,8 @@ pub struct App {
     pub catalogue: Catalogue,
     /// Conversations with guests.
     pub guests: Arc<Guests>,
+    /// Hints at events.
+    pub happenings: Happenings,
     /// Activity.
     pub touch: Arc<Touch>,
     /// Requests per workspace.
@@ -82,6 +85,7 @@ impl App {
             vmm,
             storage,
             catalogue: Catalogue::default(),
+            happenings: Happenings::default(),
             touch: Arc::default(),
             limiter: Limiter::default(),
             metrics: Metrics::default(),
@@ -101,6 +105,15 @@ impl App {
                 match *change.state() {
                     "" | "failed" => this.forget(change.id()),
                     state => this.guests.changed(change.id(), state),
+                }
+            }
+        });
+        let mut happened = self.vmm.receive_happened().await?;
+        let happenings = self.happenings.clone();
+        tokio::spawn(async move {
+            while let Some(hint) = happened.next().await {
+                if let Ok(hint) = hint.args() {
+                    happenings.hint(hint.workspace(), hint.id());
                 }
             }
         });

@@ -16,6 +16,7 @@ pub mod catalogue;
 pub mod fresh;
 pub mod gate;
 pub mod guest;
+pub mod happenings;
 pub mod input;
 pub mod limit;
 pub mod lines;

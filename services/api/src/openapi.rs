@@ -11,7 +11,7 @@ use utoipa::{
 
 use crate::{
     routes::{
-        exec, execs, files, forks, lifecycle, logs, me, meta, promote, sandboxes, snapshots, state,
+        events, exec, execs, files, forks, lifecycle, logs, me, meta, promote, sandboxes, snapshots, state,
         templates, volumes,
     },
     wire,
@@ -68,6 +68,8 @@ use crate::{
         execs::read,
         execs::kill,
         logs::read,
+        events::of_sandbox,
+        events::of_workspace,
         files::read,
         files::write,
         files::delete,

@@ -94,6 +94,21 @@ pub fn ascii_json(text: &str, out: &mut String) {
     out.push('"');
 }
 
+/// Appends a value as JSON of ASCII characters only.
+pub fn ascii_object(value: &impl serde::Serialize, out: &mut String) {
+    // Outside of its strings JSON is ASCII anyway, and within them an escape may stand for any character.
+    for c in serde_json::to_string(value).unwrap_or_else(|_| "{}".into()).chars() {
+        match c {
+            ' '..='~' => out.push(c),
+            _ => {
+                for unit in c.encode_utf16(&mut [0; 2]) {
+                    let _ = write!(out, "\\u{unit:04x}");
+                }
+            }
+        }
+    }
+}
+
 /// An event that carries text: `stdout`, `stderr`.
 pub fn chunk_event(event: &str, text: &str) -> Bytes {
     let mut out = format!("event: {event}\ndata: {{\"chunk\":");
@@ -349,7 +364,11 @@ mod tests {
             let mut out = String::new();
             ascii_json(&text, &mut out);
             prop_assert!(out.bytes().all(|b| (b' '..=b'~').contains(&b)));
-            prop_assert_eq!(serde_json::from_str::<String>(&out).unwrap(), text);
+            prop_assert_eq!(serde_json::from_str::<String>(&out).unwrap(), text.clone());
+            let mut object = String::new();
+            ascii_object(&[&text], &mut object);
+            prop_assert!(object.bytes().all(|b| (b' '..=b'~').contains(&b)));
+            prop_assert_eq!(serde_json::from_str::<[String; 1]>(&object).unwrap(), [text]);
         }
 
         #[test]

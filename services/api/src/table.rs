@@ -62,6 +62,8 @@ pub const ROUTES: &[Route] = &[
     shut("GET", "/v1/sandboxes/{id}/execs/{session}"),
     shut("DELETE", "/v1/sandboxes/{id}/execs/{session}"),
     shut("GET", "/v1/sandboxes/{id}/logs"),
+    shut("GET", "/v1/sandboxes/{id}/events"),
+    shut("GET", "/v1/events"),
     shut("GET", "/v1/sandboxes/{id}/fs"),
     shut("PUT", "/v1/sandboxes/{id}/fs"),
     shut("DELETE", "/v1/sandboxes/{id}/fs"),

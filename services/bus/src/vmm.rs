@@ -183,6 +183,51 @@ pub struct Event {
     pub detail: String,
 }
 
+/// One of the events of all sandboxes, with its place among them.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, Type)]
+pub struct HistoryRow {
+    /// Goes up by at least 1; never used twice.
+    pub seq: u64,
+    /// When it happened, Unix milliseconds.
+    pub unix_ms: u64,
+    /// Tenant of the sandbox.
+    pub workspace: String,
+    /// The sandbox, which may be gone.
+    pub sandbox: String,
+    /// As [`Event::kind`].
+    pub kind: String,
+    /// More about it; `detail` is [`Event::detail`].
+    pub payload: BTreeMap<String, String>,
+}
+
+/// Which events are wanted.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, Type)]
+pub struct HistoryQuery {
+    /// Of this workspace; empty: of all.
+    pub workspace: String,
+    /// Of this sandbox; empty: of all.
+    pub sandbox: String,
+    /// Of these kinds; empty: of all.
+    pub kinds: Vec<String>,
+    /// Only those with a larger `seq`.
+    pub after: u64,
+    /// Only those that happened then or later, Unix milliseconds.
+    pub since_unix_ms: u64,
+    /// So many at most; an answer has 1000 at most.
+    pub limit: u32,
+    /// If more are there than wanted, the newest; otherwise the oldest.
+    pub newest: bool,
+}
+
+/// Some events, oldest first.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, Type)]
+pub struct HistoryPage {
+    /// What was asked for.
+    pub rows: Vec<HistoryRow>,
+    /// Whoever asks for what is `after` this misses nothing and gets nothing twice.
+    pub position: u64,
+}
+
 /// What the vmm daemon does; see the interface for the meaning of each method.
 pub trait VmmBackend: Send + Sync + 'static {
     /// See [`Vmm`].
@@ -234,6 +279,8 @@ pub trait VmmBackend: Send + Sync + 'static {
     ) -> impl Future<Output = Result<Fork>> + Send;
     /// See [`Vmm`].
     fn events(&self, id: String) -> impl Future<Output = Result<Vec<Event>>> + Send;
+    /// See [`Vmm`].
+    fn history(&self, query: HistoryQuery) -> impl Future<Output = Result<HistoryPage>> + Send;
     /// See [`Vmm`].
     fn capacity(&self) -> impl Future<Output = Result<Capacity>> + Send;
     /// See [`Vmm`].
@@ -346,6 +393,11 @@ impl<B: VmmBackend> Vmm<B> {
         self.0.events(id).await
     }
 
+    /// Events of all sandboxes, also of those that are gone, a bounded number per workspace.
+    async fn history(&self, query: HistoryQuery) -> Result<HistoryPage> {
+        self.0.history(query).await
+    }
+
     /// What is left to give away.
     async fn capacity(&self) -> Result<Capacity> {
         self.0.capacity().await
@@ -367,6 +419,10 @@ impl<B: VmmBackend> Vmm<B> {
         state: &str,
         generation: u64,
     ) -> zbus::Result<()>;
+
+    /// `History` has more about this sandbox. A hint only: what counts is what `History` answers.
+    #[zbus(signal)]
+    pub async fn happened(emitter: &SignalEmitter<'_>, workspace: &str, id: &str) -> zbus::Result<()>;
 }
 
 impl State {

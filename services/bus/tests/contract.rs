@@ -81,6 +81,9 @@ impl vmm::VmmBackend for Nobody {
     fn events(&self, _: String) -> impl Future<Output = Result<Vec<vmm::Event>>> + Send {
         no()
     }
+    fn history(&self, _: vmm::HistoryQuery) -> impl Future<Output = Result<vmm::HistoryPage>> + Send {
+        no()
+    }
     fn capacity(&self) -> impl Future<Output = Result<vmm::Capacity>> + Send {
         no()
     }

@@ -8,7 +8,7 @@ use pandastack_bus::{
     Error, Result, SandboxId,
     storage::SnapshotInfo,
     vmm::{
-        Capacity, Child, Event as Happened, Fork, SandboxInfo, SandboxSpec, State as Public, VmmBackend,
+        Capacity, Child, Event as Happened, Fork, HistoryPage, HistoryQuery, SandboxInfo, SandboxSpec, State as Public, VmmBackend,
         unknown_sandbox,
     },
 };
@@ -154,6 +154,10 @@ impl<W: World> VmmBackend for Backend<W> {
 
     async fn events(&self, id: String) -> Result<Vec<Happened>> {
         Ok(self.0.sandbox(&id)?.record().events.clone())
+    }
+
+    async fn history(&self, query: HistoryQuery) -> Result<HistoryPage> {
+        Ok(self.0.history.page(&query))
     }
 
     async fn capacity(&self) -> Result<Capacity> {

@@ -30,6 +30,7 @@ pub mod firecracker;
 pub mod fork;
 pub mod garbage;
 pub mod hibernate;
+pub mod history;
 pub mod machine;
 pub mod manager;
 pub mod ports;

@@ -29,6 +29,7 @@ use crate::{
     catalogue::Catalogue,
     console::Consoles,
     create::Requests,
+    history::{Hint, History},
     machine::State,
     ports::World,
     quota::Claims,
@@ -86,6 +87,10 @@ pub struct Manager<W> {
     pub garbage: Mutex<Vec<String>>,
     /// Nothing is made any more: the appliance is about to go down.
     pub closing: AtomicBool,
+    /// Events of all sandboxes.
+    pub history: History,
+    /// Hints at new ones, to be told; taken once.
+    pub hints: Mutex<Option<mpsc::UnboundedReceiver<Hint>>>,
     /// Changes to be told.
     pub changes: mpsc::UnboundedSender<Change>,
     /// Starts of units at the same time.
@@ -132,8 +137,11 @@ impl<W: World> Manager<W> {
     ) -> std::result::Result<Arc<Self>, RecordsError> {
         let records: Records<Record> = Records::open(&directory.join("sandboxes"))?;
         let tombstones: Records<Tombstone> = Records::open(&directory.join("requests"))?;
+        let (hint, hints) = mpsc::unbounded_channel();
         let manager = Self {
             world,
+            history: History::open(&directory.join("events"), hint),
+            hints: Mutex::new(Some(hints)),
             config,
             catalogue: Arc::default(),
             requests: Requests::default(),
@@ -169,6 +177,8 @@ impl<W: World> Manager<W> {
             manager.insert(Sandbox::new(record, manager.now_ms()));
         }
         let (all, tombstones) = (manager.all(), manager.tombstones.iter()?);
+        let records: Vec<_> = all.iter().map(|sandbox| sandbox.record()).collect();
+        manager.history.fill_in(records.iter().map(|record| &**record));
         manager.requests.load(&all, &tombstones, manager.unix_ms());
         manager.forks.load(&all, &tombstones, manager.unix_ms());
         Ok(Arc::new(manager))

@@ -3,6 +3,7 @@
 //! Owns: which handler belongs to which path (the list of paths is [`crate::table`]; a test holds both together).
 
 pub mod command;
+pub mod events;
 pub mod exec;
 pub mod execs;
 pub mod files;
@@ -61,6 +62,8 @@ pub fn all(app: &Arc<App>) -> BoxedFilter<(Response,)> {
         .or(execs::routes(app))
         .unify()
         .or(logs::routes(app))
+        .unify()
+        .or(events::routes(app))
         .unify()
         .or(volumes::routes(app))
         .unify()
