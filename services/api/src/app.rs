@@ -17,6 +17,7 @@ use pandastack_bus::{
 };
 
 use crate::{
+    audit::Audit,
     auth::Caller,
     bus::again,
     catalogue::Catalogue,
@@ -49,6 +50,8 @@ pub struct Public {
 pub struct App {
     /// Workspaces and tokens.
     pub tenancy: Tenancy,
+    /// Who changed what.
+    pub audit: Arc<Audit>,
     /// The conductor.
     pub vmm: VmmProxy<'static>,
     /// The catalogue of templates.
@@ -74,13 +77,18 @@ pub struct App {
 
 impl App {
     /// Over a bus connection on which vmm and storage are, or will be.
-    pub async fn new(bus: &zbus::Connection, tenancy: Tenancy) -> zbus::Result<Arc<Self>> {
+    pub async fn new(
+        bus: &zbus::Connection,
+        tenancy: Tenancy,
+        audit: Arc<Audit>,
+    ) -> zbus::Result<Arc<Self>> {
         // No property caches: nothing of ours has properties, and a daemon that is away must not fail this.
         let vmm = VmmProxy::builder(bus).cache_properties(zbus::proxy::CacheProperties::No).build().await?;
         let storage =
             StorageProxy::builder(bus).cache_properties(zbus::proxy::CacheProperties::No).build().await?;
         Ok(Arc::new(Self {
             tenancy,
+            audit,
             guests: Guests::new(vmm.clone()),
             vmm,
             storage,

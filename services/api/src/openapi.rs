@@ -11,7 +11,7 @@ use utoipa::{
 
 use crate::{
     routes::{
-        events, exec, execs, files, forks, lifecycle, logs, me, meta, promote, sandboxes, snapshots, state,
+        audit, events, exec, execs, files, forks, lifecycle, logs, me, meta, promote, sandboxes, snapshots, state,
         templates, volumes,
     },
     wire,
@@ -70,6 +70,7 @@ use crate::{
         logs::read,
         events::of_sandbox,
         events::of_workspace,
+        audit::read,
         files::read,
         files::write,
         files::delete,

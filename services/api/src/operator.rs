@@ -1,5 +1,7 @@
 //! Tenancy for `busctl`: `ai.pandastack.api1` over [`Tenancy`].
 
+use std::sync::Arc;
+
 use pandastack_bus::{
     Error, Result,
     api::{ApiBackend, TokenInfo},
@@ -7,6 +9,7 @@ use pandastack_bus::{
 };
 
 use crate::{
+    audit::Audit,
     bus::again,
     tenancy::{Tenancy, TenancyError},
 };
@@ -15,13 +18,14 @@ use crate::{
 #[derive(Debug)]
 pub struct Operator {
     tenancy: Tenancy,
+    audit: Arc<Audit>,
     vmm: VmmProxy<'static>,
 }
 
 impl Operator {
     /// Over these tenants; `vmm` knows whether a workspace still has sandboxes.
-    pub fn new(tenancy: Tenancy, vmm: VmmProxy<'static>) -> Self {
-        Self { tenancy, vmm }
+    pub fn new(tenancy: Tenancy, audit: Arc<Audit>, vmm: VmmProxy<'static>) -> Self {
+        Self { tenancy, audit, vmm }
     }
 }
 
@@ -67,6 +71,7 @@ impl ApiBackend for Operator {
             )));
         }
         let gone = self.tenancy.delete_workspace(&name).await.map_err(bus)?;
+        self.audit.forget(&name).await;
         tracing::info!(workspace = %name, "workspace deleted");
         Ok(gone)
     }

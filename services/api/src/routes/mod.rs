@@ -2,6 +2,7 @@
 //!
 //! Owns: which handler belongs to which path (the list of paths is [`crate::table`]; a test holds both together).
 
+pub mod audit;
 pub mod command;
 pub mod events;
 pub mod exec;
@@ -64,6 +65,8 @@ pub fn all(app: &Arc<App>) -> BoxedFilter<(Response,)> {
         .or(logs::routes(app))
         .unify()
         .or(events::routes(app))
+        .unify()
+        .or(audit::routes(app))
         .unify()
         .or(volumes::routes(app))
         .unify()

@@ -11,7 +11,7 @@ use std::{
     sync::{Arc, atomic::AtomicUsize},
 };
 
-use pandastack_api::{app::App, auth::Token, gate::Gate, listener, routes, tenancy::Tenancy};
+use pandastack_api::{app::App, audit::Audit, auth::Token, gate::Gate, listener, routes, tenancy::Tenancy};
 use pandastack_bus::{storage::Storage, vmm::Vmm, zbus};
 pub use storage::{FakeStorage, Shelf};
 use tokio::net::TcpListener;
@@ -58,7 +58,8 @@ impl Appliance {
         let state = tempfile::tempdir().unwrap();
         let tenancy = Tenancy::open(state.path()).unwrap();
         tenancy.first_boot(Token::parse(TOKEN), |_| unreachable!("a preset is there")).await.unwrap();
-        let app = App::new(&bus, tenancy).await.unwrap();
+        let audit = Audit::open(&state.path().join("audit")).unwrap();
+        let app = App::new(&bus, tenancy, Arc::new(audit)).await.unwrap();
         app.start().await.unwrap();
         let gate = Gate::new(Arc::clone(&app), routes::all(&app));
         let listener = TcpListener::bind(address).await.unwrap();

@@ -6,6 +6,7 @@ mod client;
 #[path = "../common/mod.rs"]
 mod common;
 
+mod audit;
 mod events;
 mod execs;
 mod forks;
