@@ -11,7 +11,7 @@ use utoipa::{
 
 use crate::{
     routes::{
-        audit, events, exec, execs, files, forks, lifecycle, logs, me, meta, promote, sandboxes, snapshots, state,
+        audit, events, exec, execs, files, forks, lifecycle, logs, me, meta, promote, sandboxes, snapshots, state, stats,
         templates, volumes,
     },
     wire,
@@ -71,6 +71,7 @@ use crate::{
         events::of_sandbox,
         events::of_workspace,
         audit::read,
+        stats::boot,
         files::read,
         files::write,
         files::delete,

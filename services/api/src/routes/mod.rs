@@ -18,6 +18,7 @@ pub mod promote;
 pub mod sandboxes;
 pub mod snapshots;
 pub mod state;
+pub mod stats;
 pub mod templates;
 pub mod volumes;
 pub mod wish;
@@ -67,6 +68,8 @@ pub fn all(app: &Arc<App>) -> BoxedFilter<(Response,)> {
         .or(events::routes(app))
         .unify()
         .or(audit::routes(app))
+        .unify()
+        .or(stats::routes(app))
         .unify()
         .or(volumes::routes(app))
         .unify()

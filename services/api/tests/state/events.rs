@@ -123,6 +123,28 @@ async fn a_stream_goes_on_where_another_ended_and_ends_with_the_sandbox() {
     assert_eq!(again.kinds(2).await, ["sandbox.deleted"]);
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn starts_are_counted_from_events() {
+    let appliance = Appliance::start().await;
+    let api = Api::new(&appliance);
+    let id = api.sandbox().await;
+    change(&api, &id, "hibernate").await;
+    change(&api, &id, "wake").await;
+
+    let stats = api.get("/v1/stats/boot?limit=1").await.json();
+
+    assert_eq!((&stats["total_samples"], &stats["overall"]["count"]), (&json!(2), &json!(2)));
+    assert_eq!(stats["by_template"]["base"]["p50_ms"], 12);
+    assert_eq!(stats["recent"].as_array().unwrap().len(), 1);
+    assert_eq!((&stats["recent"][0]["sandbox_id"], &stats["recent"][0]["boot_ms"]), (&json!(id), &json!(12)));
+    let (token, _) = appliance.other_workspace().await;
+    let foreign = Api::with_token(&appliance, &token).get("/v1/stats/boot").await.json();
+    assert_eq!((&foreign["total_samples"], &foreign["recent"]), (&json!(0), &json!([])));
+    for bad in ["0", "501", "x"] {
+        assert_eq!(api.get(&format!("/v1/stats/boot?limit={bad}")).await.status, 400);
+    }
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(6))]
     /// Whenever a stream is cut and opened again at the last event it brought, all streams together bring every event once.
