@@ -11,7 +11,7 @@ use std::{
 use futures_util::StreamExt;
 use pandastack_bus::{
     SandboxId,
-    storage::StorageProxy,
+    storage::{StorageProxy, Usage},
     vmm::{Capacity, SandboxInfo, VmmProxy},
     zbus,
 };
@@ -39,8 +39,8 @@ const OWNERS_KEPT: usize = 16_384;
 pub struct Public {
     /// vmm's capacity.
     pub capacity: Fresh<Option<Capacity>>,
-    /// Whether storage answers.
-    pub storage: Fresh<bool>,
+    /// Space on the data partition.
+    pub storage: Fresh<Option<Usage>>,
     /// Sandboxes by state.
     pub states: Fresh<Option<crate::metrics::States>>,
 }
@@ -77,11 +77,7 @@ pub struct App {
 
 impl App {
     /// Over a bus connection on which vmm and storage are, or will be.
-    pub async fn new(
-        bus: &zbus::Connection,
-        tenancy: Tenancy,
-        audit: Arc<Audit>,
-    ) -> zbus::Result<Arc<Self>> {
+    pub async fn new(bus: &zbus::Connection, tenancy: Tenancy, audit: Arc<Audit>) -> zbus::Result<Arc<Self>> {
         // No property caches: nothing of ours has properties, and a daemon that is away must not fail this.
         let vmm = VmmProxy::builder(bus).cache_properties(zbus::proxy::CacheProperties::No).build().await?;
         let storage =

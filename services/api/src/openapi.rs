@@ -11,8 +11,8 @@ use utoipa::{
 
 use crate::{
     routes::{
-        audit, events, exec, execs, files, forks, lifecycle, logs, me, meta, promote, sandboxes, snapshots, state, stats,
-        templates, volumes,
+        audit, events, exec, execs, files, forks, lifecycle, logs, me, meta, promote, sandboxes, snapshots,
+        state, stats, templates, usage, volumes,
     },
     wire,
 };
@@ -72,6 +72,8 @@ use crate::{
         events::of_workspace,
         audit::read,
         stats::boot,
+        usage::of_sandbox,
+        usage::overview,
         files::read,
         files::write,
         files::delete,

@@ -66,6 +66,8 @@ pub const ROUTES: &[Route] = &[
     shut("GET", "/v1/events"),
     shut("GET", "/v1/audit"),
     shut("GET", "/v1/stats/boot"),
+    shut("GET", "/v1/metrics/sandbox/{id}"),
+    shut("GET", "/v1/metrics/overview"),
     shut("GET", "/v1/sandboxes/{id}/fs"),
     shut("PUT", "/v1/sandboxes/{id}/fs"),
     shut("DELETE", "/v1/sandboxes/{id}/fs"),

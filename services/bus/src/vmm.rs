@@ -228,6 +228,15 @@ pub struct HistoryPage {
     pub position: u64,
 }
 
+/// Numbers over time.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, Type)]
+pub struct Series {
+    /// What was measured.
+    pub name: String,
+    /// Unix seconds and the mean of the step that begins there; steps without a measurement are left out.
+    pub points: Vec<(u64, f64)>,
+}
+
 /// What the vmm daemon does; see the interface for the meaning of each method.
 pub trait VmmBackend: Send + Sync + 'static {
     /// See [`Vmm`].
@@ -281,6 +290,15 @@ pub trait VmmBackend: Send + Sync + 'static {
     fn events(&self, id: String) -> impl Future<Output = Result<Vec<Event>>> + Send;
     /// See [`Vmm`].
     fn history(&self, query: HistoryQuery) -> impl Future<Output = Result<HistoryPage>> + Send;
+    /// See [`Vmm`].
+    fn metrics(
+        &self,
+        workspace: String,
+        id: String,
+        from: u64,
+        to: u64,
+        step: u32,
+    ) -> impl Future<Output = Result<Vec<Series>>> + Send;
     /// See [`Vmm`].
     fn capacity(&self) -> impl Future<Output = Result<Capacity>> + Send;
     /// See [`Vmm`].
@@ -396,6 +414,19 @@ impl<B: VmmBackend> Vmm<B> {
     /// Events of all sandboxes, also of those that are gone, a bounded number per workspace.
     async fn history(&self, query: HistoryQuery) -> Result<HistoryPage> {
         self.0.history(query).await
+    }
+
+    /// What a sandbox, or for the empty id all of a workspace together, took of the host between two Unix seconds, in steps of
+    /// so many seconds. What is older is coarser; a restart begins anew.
+    async fn metrics(
+        &self,
+        workspace: String,
+        id: String,
+        from: u64,
+        to: u64,
+        step: u32,
+    ) -> Result<Vec<Series>> {
+        self.0.metrics(workspace, id, from, to, step).await
     }
 
     /// What is left to give away.

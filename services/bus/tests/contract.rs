@@ -84,6 +84,16 @@ impl vmm::VmmBackend for Nobody {
     fn history(&self, _: vmm::HistoryQuery) -> impl Future<Output = Result<vmm::HistoryPage>> + Send {
         no()
     }
+    fn metrics(
+        &self,
+        _: String,
+        _: String,
+        _: u64,
+        _: u64,
+        _: u32,
+    ) -> impl Future<Output = Result<Vec<vmm::Series>>> + Send {
+        no()
+    }
     fn capacity(&self) -> impl Future<Output = Result<vmm::Capacity>> + Send {
         no()
     }

@@ -8,8 +8,8 @@ use pandastack_bus::{
     Error, Result, SandboxId,
     storage::SnapshotInfo,
     vmm::{
-        Capacity, Child, Event as Happened, Fork, HistoryPage, HistoryQuery, SandboxInfo, SandboxSpec, State as Public, VmmBackend,
-        unknown_sandbox,
+        Capacity, Child, Event as Happened, Fork, HistoryPage, HistoryQuery, SandboxInfo, SandboxSpec,
+        Series, State as Public, VmmBackend, unknown_sandbox,
     },
 };
 
@@ -158,6 +158,20 @@ impl<W: World> VmmBackend for Backend<W> {
 
     async fn history(&self, query: HistoryQuery) -> Result<HistoryPage> {
         Ok(self.0.history.page(&query))
+    }
+
+    async fn metrics(
+        &self,
+        workspace: String,
+        id: String,
+        from: u64,
+        to: u64,
+        step: u32,
+    ) -> Result<Vec<Series>> {
+        if !id.is_empty() {
+            self.0.sandbox(&id)?;
+        }
+        Ok(self.0.meter.series(&workspace, &id, from, to, step))
     }
 
     async fn capacity(&self) -> Result<Capacity> {

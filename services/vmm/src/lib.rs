@@ -33,6 +33,7 @@ pub mod hibernate;
 pub mod history;
 pub mod machine;
 pub mod manager;
+pub mod meter;
 pub mod ports;
 pub mod quota;
 pub mod reap;

@@ -31,6 +31,7 @@ use crate::{
     create::Requests,
     history::{Hint, History},
     machine::State,
+    meter::Meter,
     ports::World,
     quota::Claims,
     record::{Record, Shape, Tombstone},
@@ -105,6 +106,8 @@ pub struct Manager<W> {
     pub claims: Claims,
     /// Creates under way.
     pub creating: watch::Sender<usize>,
+    /// What sandboxes take of the host.
+    pub meter: Meter,
     /// Consoles that are being read.
     pub consoles: Consoles,
     /// Memory that creates under way are expected to take, MiB.
@@ -158,6 +161,7 @@ impl<W: World> Manager<W> {
             hibernations: Semaphore::new(config.parallel),
             claims: Claims::default(),
             creating: watch::Sender::new(0),
+            meter: Meter::default(),
             consoles: Consoles::default(),
             pending_mib: Arc::default(),
             refill: Notify::new(),

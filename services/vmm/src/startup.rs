@@ -90,6 +90,7 @@ pub async fn serve(ctx: Context) -> std::result::Result<(), VmmError> {
     });
     let status = ctx.clone();
     tokio::spawn(Arc::clone(&manager).keep_house(move |text| status.status(text)));
+    tokio::spawn(Arc::clone(&manager).keep_metered());
     tokio::spawn(Arc::clone(&manager).keep_baked());
     tokio::spawn(Arc::clone(&manager).keep_slots());
     tokio::select! {

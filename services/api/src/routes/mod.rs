@@ -20,6 +20,7 @@ pub mod snapshots;
 pub mod state;
 pub mod stats;
 pub mod templates;
+pub mod usage;
 pub mod volumes;
 pub mod wish;
 
@@ -70,6 +71,8 @@ pub fn all(app: &Arc<App>) -> BoxedFilter<(Response,)> {
         .or(audit::routes(app))
         .unify()
         .or(stats::routes(app))
+        .unify()
+        .or(usage::routes(app))
         .unify()
         .or(volumes::routes(app))
         .unify()

@@ -17,8 +17,8 @@ use pandastack_bus::{
     Error, Result, SandboxId,
     storage::{Purpose, SnapshotInfo},
     vmm::{
-        Birth, Capacity, Child, Event, Fork, HistoryRow, HistoryPage, HistoryQuery, Mount, SandboxInfo, SandboxSpec, State, Vmm, VmmBackend,
-        unknown_sandbox,
+        Birth, Capacity, Child, Event, Fork, HistoryPage, HistoryQuery, HistoryRow, Mount, SandboxInfo,
+        SandboxSpec, Series, State, Vmm, VmmBackend, unknown_sandbox,
     },
     zbus::{self, object_server::SignalEmitter},
 };
@@ -160,7 +160,14 @@ impl FakeVmm {
                 ("template".to_owned(), info.template.clone()),
             ]);
             let (workspace, sandbox) = (info.workspace.clone(), info.id.clone());
-            all.push(HistoryRow { seq, unix_ms: now_ms(), workspace, sandbox, kind: kind.to_owned(), payload });
+            all.push(HistoryRow {
+                seq,
+                unix_ms: now_ms(),
+                workspace,
+                sandbox,
+                kind: kind.to_owned(),
+                payload,
+            });
         }
         if let Some(bus) = self.bus.get().filter(|_| !self.mute.load(Ordering::Relaxed)) {
             let emitter = SignalEmitter::new(bus, pandastack_bus::vmm::PATH).unwrap();
@@ -396,6 +403,22 @@ impl VmmBackend for FakeVmm {
 
     async fn events(&self, _: String) -> Result<Vec<Event>> {
         Ok(Vec::new())
+    }
+
+    async fn metrics(
+        &self,
+        workspace: String,
+        id: String,
+        from: u64,
+        to: u64,
+        step: u32,
+    ) -> Result<Vec<Series>> {
+        self.fail()?;
+        if !id.is_empty() {
+            self.change(&id, |_| ())?;
+        }
+        let name = format!("{workspace} {id} {} {step}", to - from);
+        Ok(vec![Series { name, points: vec![(from, 1.5)] }])
     }
 
     async fn capacity(&self) -> Result<Capacity> {

@@ -191,3 +191,22 @@ proptest! {
         });
     }
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn series_are_asked_for_by_sandbox_and_by_workspace() {
+    let appliance = Appliance::start().await;
+    let api = Api::new(&appliance);
+    let id = api.sandbox().await;
+
+    let one = api.get(&format!("/v1/metrics/sandbox/{id}?from=1000&to=1600&step=1m")).await.json();
+    let all = api.get("/v1/metrics/overview").await.json();
+
+    assert_eq!(one["series"][0], json!({"name": format!("default {id} 600 60"), "points": [[1000, 1.5]]}));
+    assert_eq!((&one["from"], &one["to"]), (&json!("1970-01-01T00:16:40Z"), &json!("1970-01-01T00:26:40Z")));
+    assert_eq!((&one["step"], &all["step"]), (&json!("1m"), &json!("15s")));
+    assert_eq!(all["series"][0]["name"], "default  3600 15");
+    let (token, _) = appliance.other_workspace().await;
+    let foreign = Api::with_token(&appliance, &token);
+    assert_eq!(foreign.get(&format!("/v1/metrics/sandbox/{id}")).await.status, 404);
+    assert_eq!(api.get("/v1/metrics/overview?step=2m").await.status, 400);
+}
