@@ -13,6 +13,7 @@ mod exec;
 mod ext4;
 mod files;
 mod forward;
+mod log;
 pub mod machine;
 mod replay;
 mod session;
@@ -35,6 +36,7 @@ use std::{
 
 pub use connection::serve;
 use disks::Disks;
+use log::Log;
 use machine::{Guest, Machine};
 use pandastack_protocol::{Defaults, Failure, Identity, PORT};
 use sessions::Sessions;
@@ -50,6 +52,7 @@ const CONNECTIONS: usize = 256;
 pub struct Agent {
     machine: Box<dyn Machine>,
     sessions: Sessions,
+    log: Arc<Log>,
     disks: Disks,
     defaults: Mutex<Arc<Defaults>>,
 }
@@ -58,9 +61,11 @@ impl Agent {
     /// An agent for `machine`, with sessions in cgroups below `cgroups`, or in process groups where that is `None`.
     pub fn new(machine: impl Machine, cgroups: Option<PathBuf>) -> Arc<Self> {
         let defaults = Mutex::new(Arc::new(machine.remembered_defaults()));
+        let log = Arc::<Log>::default();
         Arc::new(Self {
             machine: Box::new(machine),
-            sessions: Sessions::new(cgroups),
+            sessions: Sessions::new(cgroups, Arc::clone(&log)),
+            log,
             disks: Disks::default(),
             defaults,
         })

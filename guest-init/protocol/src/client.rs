@@ -13,8 +13,8 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
 pub use self::exec::{ExecEvent, ExecStream};
 use crate::{
-    CHUNK, Decoder, Entry, Exec, Failure, Frame, FrameError, Hello, Kind, PROTOCOL, PROTOCOL_OLDEST, Request,
-    Started, Written, encode,
+    CHUNK, Decoder, Entry, Exec, Failure, Frame, FrameError, Hello, Kind, LOG_PAGE, LogEnd, LogPart,
+    PROTOCOL, PROTOCOL_OLDEST, Request, Started, Written, encode, split_log,
 };
 
 /// Why a conversation ended.
@@ -44,6 +44,15 @@ impl From<std::io::Error> for ClientError {
     fn from(error: std::io::Error) -> Self {
         Self::Lost(error)
     }
+}
+
+/// A page of the log.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct LogPage {
+    /// What was written, in order.
+    pub parts: Vec<LogPart>,
+    /// Where it is.
+    pub end: LogEnd,
 }
 
 /// A greeted connection.
@@ -219,6 +228,31 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Client<S> {
             Some(bytes) => parse(&bytes).map(Some),
             None => Ok(None),
         }
+    }
+
+    /// A page of the log. The limit must be longer than the request waits.
+    pub async fn log(&mut self, request: &Request, limit: Duration) -> Result<LogPage, ClientError> {
+        within(limit, async {
+            self.send_json(Kind::Request, request).await?;
+            let (mut parts, mut bytes) = (Vec::new(), 0);
+            loop {
+                match self.receive().await? {
+                    Frame { kind: Kind::Data, payload } => {
+                        bytes += payload.len();
+                        if bytes > 2 * LOG_PAGE {
+                            return Err(ClientError::Protocol("a page of the log is too long".into()));
+                        }
+                        parts.push(split_log(payload)?);
+                    }
+                    Frame { kind: Kind::Done, payload } => {
+                        return Ok(LogPage { parts, end: parse(&payload)? });
+                    }
+                    Frame { kind: Kind::Error, payload } => return Err(parse::<Failure>(&payload)?.into()),
+                    other => return Err(unexpected(&other)),
+                }
+            }
+        })
+        .await
     }
 
     /// Turns the connection into a raw one to a TCP port of the guest. The second value was read already and comes first.

@@ -38,7 +38,7 @@ pub enum Kind {
     Resize = 22,
     /// `u64`: bytes of standard input, counted from the session's start, that the program took or will never take.
     StdinTaken = 23,
-    /// Bytes of a file or listing.
+    /// Bytes of a file, a listing or a log.
     Data = 32,
     /// No more of them.
     DataEnd = 33,
@@ -87,6 +87,9 @@ pub enum FrameError {
     /// An output frame shorter than its offset.
     #[error("output frame without an offset")]
     ShortOutput,
+    /// A part of a log without its head, or with one that means nothing.
+    #[error("log frame without a proper head")]
+    BadLog,
 }
 
 const HEADER: usize = 5;
@@ -115,6 +118,75 @@ pub fn split_output(mut payload: Bytes) -> Result<(u64, Bytes), FrameError> {
     }
     let offset = payload.get_u64_le();
     Ok((offset, payload))
+}
+
+/// Bytes of a log payload before the text.
+pub const LOG_HEAD: usize = 8 + 8 + 20 + 1;
+
+/// Which of a program's outputs a part of the log came from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum LogStream {
+    /// Standard output.
+    Stdout,
+    /// Standard error.
+    Stderr,
+}
+
+/// What one program wrote, as a log keeps it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LogPart {
+    /// Position of its first byte in the log.
+    pub position: u64,
+    /// When that was written, Unix milliseconds on the guest's clock.
+    pub unix_ms: u64,
+    /// Session, 20 characters of `[a-z0-9]`.
+    pub session: String,
+    /// Where to.
+    pub stream: LogStream,
+    /// Bytes.
+    pub bytes: Bytes,
+}
+
+/// The payload of a `Data` frame that answers `Log`: position and Unix milliseconds (`u64` little endian each), 20 bytes of
+/// session id, 1 for standard output or 2 for standard error, then the bytes. `None` for a session id of another length.
+pub fn log_payload(
+    position: u64,
+    unix_ms: u64,
+    session: &str,
+    stream: LogStream,
+    bytes: &[u8],
+) -> Option<Vec<u8>> {
+    let session: [u8; 20] = session.as_bytes().try_into().ok()?;
+    let mut payload = Vec::with_capacity(LOG_HEAD + bytes.len());
+    payload.extend_from_slice(&position.to_le_bytes());
+    payload.extend_from_slice(&unix_ms.to_le_bytes());
+    payload.extend_from_slice(&session);
+    payload.push(match stream {
+        LogStream::Stdout => 1,
+        LogStream::Stderr => 2,
+    });
+    payload.extend_from_slice(bytes);
+    Some(payload)
+}
+
+/// What is in such a payload.
+pub fn split_log(mut payload: Bytes) -> Result<LogPart, FrameError> {
+    if payload.len() < LOG_HEAD {
+        return Err(FrameError::BadLog);
+    }
+    let position = payload.get_u64_le();
+    let unix_ms = payload.get_u64_le();
+    let session = payload.split_to(20);
+    if !session.iter().all(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit()) {
+        return Err(FrameError::BadLog);
+    }
+    let stream = match payload.get_u8() {
+        1 => LogStream::Stdout,
+        2 => LogStream::Stderr,
+        _ => return Err(FrameError::BadLog),
+    };
+    let session = String::from_utf8_lossy(&session).into_owned();
+    Ok(LogPart { position, unix_ms, session, stream, bytes: payload })
 }
 
 /// Cuts a stream of bytes into frames; holds at most one incomplete frame beside what is fed at once.

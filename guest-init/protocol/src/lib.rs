@@ -45,12 +45,22 @@
 //! reported. So the guest never has to stop reading a connection, and acknowledgements and signals always get through.
 //! [`Started::stdin`] says where input goes on after an `Attach`.
 
+//! # The log
+//!
+//! Beside its replay buffer, which belongs to whoever is attached, everything that programs write to their pipes goes into one
+//! log of [`LOG_BYTES`] over all sessions, one sequence of bytes counted from 0, the oldest dropped first. It is in the guest's
+//! memory, so captures, copies and hibernation keep it; a boot begins a new *life* of it. Terminals stay out of it. A program
+//! that ends in the middle of a line gets a newline there. [`Request::Log`] reads a page at a position.
+
 mod client;
 mod frame;
 mod message;
 
-pub use client::{Client, ClientError, ExecEvent, ExecStream};
-pub use frame::{Decoder, Frame, FrameError, Kind, encode, output_payload, split_output};
+pub use client::{Client, ClientError, ExecEvent, ExecStream, LogPage};
+pub use frame::{
+    Decoder, Frame, FrameError, Kind, LOG_HEAD, LogPart, LogStream, encode, log_payload, output_payload,
+    split_log, split_output,
+};
 pub use message::*;
 
 /// vsock port the agent listens on.
@@ -65,6 +75,12 @@ pub const MAX_PAYLOAD: usize = 1 << 20;
 pub const CHUNK: usize = 64 << 10;
 /// Bytes of output that a session keeps for re-attachment.
 pub const REPLAY_BYTES: usize = 1 << 20;
+/// Bytes of log that a guest keeps.
+pub const LOG_BYTES: usize = 1 << 20;
+/// Bytes of parts, heads included, in one page of the log at most.
+pub const LOG_PAGE: usize = 128 << 10;
+/// Milliseconds that a reader of the log can be made to wait for something new.
+pub const LOG_WAIT_MS: u64 = 30_000;
 /// The host acknowledges at least once in this many bytes.
 pub const ACK_EVERY: u64 = 128 << 10;
 /// Bytes of standard input that may be on their way to a program.

@@ -39,6 +39,21 @@ pub enum Request {
         /// Session id.
         session: String,
     },
+    /// What the programs of all sessions wrote, a page of it. Answer: `Data`… ([`crate::log_payload`]), `Done` with a
+    /// [`LogEnd`].
+    Log {
+        /// First byte wanted; bytes no longer kept are skipped.
+        position: u64,
+        /// The life of the log that the position belongs to: in another one, reading begins at its start.
+        #[serde(default)]
+        life: u64,
+        /// Only this session's; empty means all.
+        #[serde(default)]
+        session: String,
+        /// Milliseconds to wait while there is nothing, at most [`crate::LOG_WAIT_MS`].
+        #[serde(default)]
+        wait_ms: u64,
+    },
     /// Answer: `Ready` with an [`Entry`], `Data`…, `Done`.
     ReadFile {
         /// Absolute path.
@@ -170,6 +185,13 @@ pub struct Exec {
     /// A terminal instead of three pipes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tty: Option<Window>,
+    /// Stays out of the log: nobody's who reads it later.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub unlogged: bool,
+}
+
+fn is_false(value: &bool) -> bool {
+    !*value
 }
 
 /// Size of a terminal in characters.
@@ -247,6 +269,19 @@ pub struct SessionInfo {
     pub exit: Option<Exit>,
     /// Bytes of output so far.
     pub output_bytes: u64,
+}
+
+/// Payload of `Done` for `Log`.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LogEnd {
+    /// Names this life of the log: another one begins when the guest is booted again. Never 0.
+    pub life: u64,
+    /// Position of the oldest byte kept.
+    pub start: u64,
+    /// Where to go on reading.
+    pub next: u64,
+    /// Bytes written in all.
+    pub end: u64,
 }
 
 /// A file, directory or other node.

@@ -55,9 +55,27 @@ fn frames() {
 }
 
 #[test]
+fn parts_of_a_log() {
+    let session = "abcdefghij0123456789";
+    let bytes = log_payload(0x0102, 0x0304, session, LogStream::Stderr, b"x\xff").expect("a payload");
+    let head = [2, 1, 0, 0, 0, 0, 0, 0, 4, 3, 0, 0, 0, 0, 0, 0];
+    assert_eq!(bytes, [&head[..], session.as_bytes(), &[2], b"x\xff"].concat());
+    let part = split_log(bytes.into()).expect("a part");
+    assert_eq!((part.position, part.unix_ms, &*part.session), (0x0102, 0x0304, session));
+    assert_eq!((part.stream, &part.bytes[..]), (LogStream::Stderr, &b"x\xff"[..]));
+    let out = log_payload(0, 0, session, LogStream::Stdout, b"").expect("a payload");
+    assert_eq!((out.len(), out[36]), (LOG_HEAD, 1));
+    assert_eq!(log_payload(0, 0, "short", LogStream::Stdout, b""), None);
+    for bad in [vec![0; LOG_HEAD - 1], vec![0; LOG_HEAD], [&[b'a'; 36][..], &[3]].concat()] {
+        assert_eq!(split_log(bad.into()), Err(FrameError::BadLog));
+    }
+}
+
+#[test]
 fn limits() {
     assert_eq!((PORT, PROTOCOL, PROTOCOL_OLDEST), (52, 1, 1));
     assert_eq!((MAX_PAYLOAD, CHUNK, REPLAY_BYTES), (1_048_576, 65_536, 1_048_576));
+    assert_eq!((LOG_BYTES, LOG_PAGE, LOG_WAIT_MS), (1_048_576, 131_072, 30_000));
     assert_eq!((ACK_EVERY, STDIN_WINDOW, ORPHAN_SECONDS), (131_072, 262_144, 60));
 }
 
@@ -97,6 +115,7 @@ fn requests() {
         stdin: true,
         detach: true,
         tty: Some(Window { rows: 24, cols: 80 }),
+        unlogged: false,
     };
     json(
         &Request::Exec(exec),
@@ -105,6 +124,18 @@ fn requests() {
     reads(
         r#"{"op":"exec","session":"s","argv":["x"]}"#,
         &Request::Exec(Exec { session: "s".into(), argv: vec!["x".into()], ..Exec::default() }),
+    );
+    json(
+        &Exec { session: "s".into(), unlogged: true, ..Exec::default() },
+        r#"{"session":"s","argv":[],"cwd":"","env":{},"user":"","timeout_ms":0,"stdin":false,"detach":false,"unlogged":true}"#,
+    );
+    json(
+        &Request::Log { position: u64::MAX, life: 2, session: "s".into(), wait_ms: 3 },
+        r#"{"op":"log","position":18446744073709551615,"life":2,"session":"s","wait_ms":3}"#,
+    );
+    reads(
+        r#"{"op":"log","position":1}"#,
+        &Request::Log { position: 1, life: 0, session: String::new(), wait_ms: 0 },
     );
     json(&Request::Attach { session: "s".into(), offset: 3 }, r#"{"op":"attach","session":"s","offset":3}"#);
     json(&Request::Sessions {}, r#"{"op":"sessions"}"#);
@@ -168,6 +199,7 @@ fn answers() {
         &vec![Entry { name: "é\u{0}".into(), kind: 'd', size: 1, mode: 493, mtime: -1 }],
         r#"[{"name":"é\u0000","kind":"d","size":1,"mode":493,"mtime":-1}]"#,
     );
+    json(&LogEnd { life: 1, start: 2, next: 3, end: 4 }, r#"{"life":1,"start":2,"next":3,"end":4}"#);
     json(&Written { bytes: 1 }, r#"{"bytes":1}"#);
     json(
         &Health { unix_nanos: 1, memory_available_kib: 2, disk_free_bytes: 3, sessions: 4 },

@@ -5,13 +5,14 @@
 use std::{io, sync::Arc, time::Duration};
 
 use pandastack_protocol::{
-    CHUNK, Code, Exec, Failure, Frame, Health, Hello, Kind, PROTOCOL, PROTOCOL_OLDEST, Request, Sessions,
-    Started, Window, output_payload,
+    CHUNK, Code, Exec, Failure, Frame, Health, Hello, Kind, LOG_WAIT_MS, PROTOCOL, PROTOCOL_OLDEST, Request,
+    Sessions, Started, Window, log_payload, output_payload,
 };
 use tokio::io::{AsyncRead, AsyncWrite};
 
 use super::{
     Agent, delete, files, forward,
+    log::Log,
     replay::Stream,
     session::{Next, Order, Session},
     transfer, volumes,
@@ -105,12 +106,13 @@ fn misunderstood(payload: &[u8], error: &serde_json::Error) -> Failure {
     struct Named {
         op: String,
     }
-    const KNOWN: [&str; 16] = [
+    const KNOWN: [&str; 17] = [
         "identity",
         "exec",
         "attach",
         "sessions",
         "kill",
+        "log",
         "read_file",
         "write_file",
         "list",
@@ -153,6 +155,9 @@ where
             let result = agent.sessions.find(&session).map(|session| session.kill());
             wire.answer(result).await
         }
+        Request::Log { position, life, session, wait_ms } => {
+            read_log(wire, &agent.log, (life, position), &session, Duration::from_millis(wait_ms)).await
+        }
         Request::ReadFile { path } => transfer::read_file(wire, path).await,
         Request::WriteFile { path, size, mode } => transfer::write_file(wire, path, size, mode).await,
         Request::List { path } => transfer::list(wire, path).await,
@@ -191,6 +196,42 @@ where
             wire.answer(result).await
         }
         Request::Forward { .. } | Request::Shutdown {} => Ok(()),
+    }
+}
+
+/// Answers `Log`: waits until there is something of this session, or for so long.
+async fn read_log<S: AsyncRead + AsyncWrite>(
+    wire: &mut Wire<S>,
+    log: &Log,
+    (mut life, mut position): (u64, u64),
+    session: &str,
+    wait: Duration,
+) -> io::Result<()> {
+    let mut changes = log.watch();
+    let deadline = tokio::time::Instant::now() + wait.min(Duration::from_millis(LOG_WAIT_MS));
+    loop {
+        changes.mark_unchanged();
+        let (parts, end) = log.page(life, position, session);
+        // What others wrote is passed over once.
+        (life, position) = (end.life, end.next);
+        let now = tokio::time::Instant::now();
+        if !parts.is_empty() || now >= deadline {
+            for part in parts {
+                let payload =
+                    log_payload(part.position, part.unix_ms, &part.session, part.stream, &part.bytes);
+                wire.outgoing.push(Kind::Data, &payload.unwrap_or_default());
+            }
+            return wire.answer(Ok(end)).await;
+        }
+        tokio::select! {
+            _ = changes.changed() => {}
+            () = tokio::time::sleep_until(deadline) => {}
+            frame = wire.incoming.next() => match frame?.kind {
+                Kind::Stdin | Kind::StdinEnd | Kind::Ack | Kind::Signal | Kind::Resize => {}
+                Kind::Data | Kind::DataEnd => {}
+                other => return wrong(wire, other).await,
+            },
+        }
     }
 }
 

@@ -2,7 +2,8 @@
 //!
 //! One task per running program. Output goes into the replay buffer, input comes from the queue; nothing here waits for a
 //! connection. When the first process has ended, what it had written is read, the end is recorded, and what it left
-//! running in the background is only watched: its pipes stay open and are emptied slowly, so that it does not die of them.
+//! running in the background is only watched: its pipes stay open and are emptied slowly into the log, so that it does not die
+//! of them.
 
 use std::{cell::RefCell, io, os::fd::OwnedFd, sync::Arc, time::Duration};
 
@@ -16,6 +17,7 @@ use tokio::{
 use super::{
     cgroup::Group,
     exec::{self, Running},
+    log::Writer,
     replay::Stream,
     session::{Order, Session},
     spawn,
@@ -138,8 +140,12 @@ impl Driver {
         self.drain(&session).await;
         session.finish(exit(end, timed_out, group.had_oom()));
         // Nothing of the session's output is kept for the sake of its background.
+        let log = session.log();
         let session = Arc::downgrade(&session);
-        self.linger(&group).await;
+        self.linger(&group, log.as_deref()).await;
+        if let Some(log) = log {
+            log.finish();
+        }
         if let Some(session) = session.upgrade() {
             session.forget_group();
         }
@@ -181,8 +187,9 @@ impl Driver {
         }
     }
 
-    /// Until the last process of the background has ended. Throws away what it writes, at most a pipe full each round.
-    async fn linger(&mut self, group: &Group) {
+    /// Until the last process of the background has ended. What it writes is nobody's but the log's, at most a pipe full each
+    /// round.
+    async fn linger(&mut self, group: &Group, log: Option<&Writer>) {
         const SHORTEST: Duration = Duration::from_millis(5);
         const LONGEST: Duration = Duration::from_secs(1);
         self.stdin = None;
@@ -192,7 +199,7 @@ impl Driver {
             pause = (pause * 2).min(LONGEST);
             for output in &mut self.outputs {
                 if output.open && pending(output.fd.get_ref()) > 0 {
-                    throw_away(output);
+                    log_away(output, log);
                     pause = SHORTEST * 2;
                 }
             }
@@ -309,12 +316,17 @@ fn pending(fd: &OwnedFd) -> usize {
     if result < 0 { 0 } else { usize::try_from(count).unwrap_or(0) }
 }
 
-fn throw_away(output: &mut Output) {
+fn log_away(output: &mut Output, log: Option<&Writer>) {
     let mut buffer = [0; 16 << 10];
     for _ in 0..4 {
         match nix::unistd::read(output.fd.get_ref(), &mut buffer) {
             Ok(0) => output.open = false,
-            Ok(_) => continue,
+            Ok(count) => {
+                if let Some(log) = log {
+                    log.write(output.stream, &buffer[..count]);
+                }
+                continue;
+            }
             Err(_) => {}
         }
         return;

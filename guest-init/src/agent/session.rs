@@ -19,6 +19,7 @@ use tokio::{
 use super::{
     budget::Budget,
     cgroup::Group,
+    log::Writer,
     replay::{Replay, Stream},
 };
 
@@ -42,6 +43,7 @@ pub struct Session {
     started_unix: u64,
     started: Instant,
     budget: Arc<Budget>,
+    log: Option<Arc<Writer>>,
     state: Mutex<State>,
     changed: watch::Sender<()>,
     wake: Notify,
@@ -91,7 +93,14 @@ pub enum Next {
 
 impl Session {
     /// A session of a program that runs, with nobody attached yet.
-    pub fn new(exec: &Exec, pid: u32, group: Option<Group>, budget: Arc<Budget>, unix: u64) -> Arc<Self> {
+    pub fn new(
+        exec: &Exec,
+        pid: u32,
+        group: Option<Group>,
+        budget: Arc<Budget>,
+        log: Option<Arc<Writer>>,
+        unix: u64,
+    ) -> Arc<Self> {
         let command: String = exec.argv.join(" ").chars().take(256).collect();
         let state = State {
             replay: Replay::new(budget.capacity(0)),
@@ -110,6 +119,7 @@ impl Session {
             started_unix: unix,
             started: Instant::now(),
             budget,
+            log,
             state: Mutex::new(state),
             changed: watch::channel(()).0,
             wake: Notify::new(),
@@ -298,6 +308,14 @@ impl Session {
     pub fn output(&self, stream: Stream, bytes: &[u8]) {
         self.with_replay(|state| state.replay.push(stream, bytes));
         self.changed.send_replace(());
+        if let Some(log) = &self.log {
+            log.write(stream, bytes);
+        }
+    }
+
+    /// Where what it writes is kept, if it is.
+    pub fn log(&self) -> Option<Arc<Writer>> {
+        self.log.clone()
     }
 
     /// The next order.
@@ -360,6 +378,9 @@ impl Session {
 
     /// The end. The driver fills in how; length and sums are added here.
     pub fn finish(&self, exit: Exit) {
+        if let Some(log) = &self.log {
+            log.finish();
+        }
         let mut state = self.lock();
         let exit = Exit {
             duration_ms: self.started.elapsed().as_millis() as u64,

@@ -8,7 +8,7 @@ use super::*;
 const GRACE: Duration = Duration::from_secs(ORPHAN_SECONDS);
 
 fn session(detach: bool) -> Arc<Session> {
-    Session::new(&Exec { detach, ..Exec::default() }, 7, None, Arc::default(), 0)
+    Session::new(&Exec { detach, ..Exec::default() }, 7, None, Arc::default(), None, 0)
 }
 
 /// Time left until it is killed.

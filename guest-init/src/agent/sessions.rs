@@ -15,6 +15,7 @@ use super::{
     cgroup::Cgroups,
     driver,
     exec::{self, Start},
+    log::{Log, Writer},
     replay::Stream,
     session::Session,
 };
@@ -33,6 +34,7 @@ const KEEP_DETACHED: Duration = Duration::from_secs(3600);
 pub struct Sessions {
     cgroups: Arc<Cgroups>,
     budget: Arc<Budget>,
+    log: Arc<Log>,
     table: Mutex<HashMap<String, Slot>>,
 }
 
@@ -49,9 +51,9 @@ enum Slot {
 }
 
 impl Sessions {
-    /// No sessions yet, cgroups below `cgroups`.
-    pub fn new(cgroups: Option<PathBuf>) -> Self {
-        Self { cgroups: Cgroups::new(cgroups), budget: Arc::default(), table: Mutex::default() }
+    /// No sessions yet, cgroups below `cgroups`. What they write goes into `log`, too.
+    pub fn new(cgroups: Option<PathBuf>, log: Arc<Log>) -> Self {
+        Self { cgroups: Cgroups::new(cgroups), budget: Arc::default(), log, table: Mutex::default() }
     }
 
     fn lock(&self) -> MutexGuard<'_, HashMap<String, Slot>> {
@@ -103,10 +105,13 @@ impl Sessions {
         });
         let (exec, start) =
             task.await.map_err(|error| failure(Code::Internal, &format!("starting a program: {error}")))?;
+        // A terminal's output is for who sits at it: full of sequences, and of what is typed.
+        let logged = exec.tty.is_none() && !exec.unlogged;
+        let writer = logged.then(|| Arc::new(Writer::new(self.log.clone(), &exec.session)));
         let unix = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
         match start? {
             Start::NotRun(code, line) => {
-                let session = Session::new(&exec, 0, None, self.budget.clone(), unix);
+                let session = Session::new(&exec, 0, None, self.budget.clone(), writer, unix);
                 session.output(Stream::Stderr, line.as_bytes());
                 session.finish(Exit { code, ..Exit::default() });
                 Ok(session)
@@ -114,7 +119,7 @@ impl Sessions {
             Start::Running(running) => {
                 let (driver, group, pid) = driver::prepare(running, exec.tty.is_some())
                     .map_err(|error| failure(Code::Internal, &format!("watching a program: {error}")))?;
-                let session = Session::new(&exec, pid, Some(group), self.budget.clone(), unix);
+                let session = Session::new(&exec, pid, Some(group), self.budget.clone(), writer, unix);
                 if let Some(group) = session.group() {
                     let timeout = Duration::from_millis(exec.timeout_ms);
                     tokio::spawn(driver.run(session.clone(), group, timeout));

@@ -13,6 +13,14 @@ def map_path_parameters(context, path_parameters):
     return path_parameters
 
 
+@schemathesis.hook
+def map_query(context, query):
+    # A stream that is followed has no end. What is neither yes nor no stays, and is refused.
+    if query and str(query.get("follow")).strip("[]'").lower() in ("true", "1"):
+        query["follow"] = "false"
+    return query
+
+
 @schemathesis.check
 def refusals_have_their_form(ctx, response, case):
     status = response.status_code

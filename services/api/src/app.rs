@@ -11,17 +11,19 @@ use std::{
 use futures_util::StreamExt;
 use pandastack_bus::{
     SandboxId,
-    storage::StorageProxy,
+    storage::{StorageProxy, Usage},
     vmm::{Capacity, SandboxInfo, VmmProxy},
     zbus,
 };
 
 use crate::{
+    audit::Audit,
     auth::Caller,
     bus::again,
     catalogue::Catalogue,
     fresh::Fresh,
     guest::Guests,
+    happenings::Happenings,
     limit::Limiter,
     metrics::Metrics,
     output::Budget,
@@ -38,8 +40,8 @@ const OWNERS_KEPT: usize = 16_384;
 pub struct Public {
     /// vmm's capacity.
     pub capacity: Fresh<Option<Capacity>>,
-    /// Whether storage answers.
-    pub storage: Fresh<bool>,
+    /// Space on the data partition.
+    pub storage: Fresh<Option<Usage>>,
     /// Sandboxes by state.
     pub states: Fresh<Option<crate::metrics::States>>,
 }
@@ -49,6 +51,8 @@ pub struct Public {
 pub struct App {
     /// Workspaces and tokens.
     pub tenancy: Tenancy,
+    /// Who changed what.
+    pub audit: Arc<Audit>,
     /// The conductor.
     pub vmm: VmmProxy<'static>,
     /// The catalogue of templates.
@@ -59,6 +63,8 @@ pub struct App {
     pub guests: Arc<Guests>,
     /// How the kernels in a guest are asked.
     pub kernels: Kernels,
+    /// Hints at events.
+    pub happenings: Happenings,
     /// Activity.
     pub touch: Arc<Touch>,
     /// Requests per workspace.
@@ -74,14 +80,15 @@ pub struct App {
 
 impl App {
     /// Over a bus connection on which vmm and storage are, or will be.
-    pub async fn new(bus: &zbus::Connection, tenancy: Tenancy) -> zbus::Result<Arc<Self>> {
-        Self::with_kernels(bus, tenancy, Kernels::default()).await
+    pub async fn new(bus: &zbus::Connection, tenancy: Tenancy, audit: Arc<Audit>) -> zbus::Result<Arc<Self>> {
+        Self::with_kernels(bus, tenancy, audit, Kernels::default()).await
     }
 
     /// The same for guests whose kernels are asked in another way.
     pub async fn with_kernels(
         bus: &zbus::Connection,
         tenancy: Tenancy,
+        audit: Arc<Audit>,
         kernels: Kernels,
     ) -> zbus::Result<Arc<Self>> {
         // No property caches: nothing of ours has properties, and a daemon that is away must not fail this.
@@ -90,11 +97,13 @@ impl App {
             StorageProxy::builder(bus).cache_properties(zbus::proxy::CacheProperties::No).build().await?;
         Ok(Arc::new(Self {
             tenancy,
+            audit,
             guests: Guests::new(vmm.clone()),
             vmm,
             storage,
             catalogue: Catalogue::default(),
             kernels,
+            happenings: Happenings::default(),
             touch: Arc::default(),
             limiter: Limiter::default(),
             metrics: Metrics::default(),
@@ -114,6 +123,15 @@ impl App {
                 match *change.state() {
                     "" | "failed" => this.forget(change.id()),
                     state => this.guests.changed(change.id(), state),
+                }
+            }
+        });
+        let mut happened = self.vmm.receive_happened().await?;
+        let happenings = self.happenings.clone();
+        tokio::spawn(async move {
+            while let Some(hint) = happened.next().await {
+                if let Ok(hint) = hint.args() {
+                    happenings.hint(hint.workspace(), hint.id());
                 }
             }
         });

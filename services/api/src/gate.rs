@@ -21,6 +21,7 @@ use warp::{filters::BoxedFilter, reply::Response};
 
 use crate::{
     app::App,
+    audit::Entry,
     auth::{self, Caller},
     limit::Verdict,
     problem::Problem,
@@ -116,6 +117,14 @@ impl Gate {
             None => ("-", None),
         };
         let status = response.status().as_u16();
+        // The repetition of a miss, which the clients make by themselves, says nothing new.
+        if let Some((caller, true)) = &caller
+            && matches!(method, Method::POST | Method::PUT | Method::PATCH | Method::DELETE)
+        {
+            let (method, request_id) = (method.as_str().to_owned(), request_id.clone());
+            let entry = Entry { ts: now_ms(), request_id, method, path: path.clone(), status };
+            self.app.audit.note(&caller.workspace, entry);
+        }
         if status >= 400 && has_body {
             // The body may not have been read, and then the connection ends. Said here, no client sends its next
             // request into the closing one.
@@ -129,7 +138,7 @@ impl Gate {
             route = template,
             status,
             ms = start.elapsed().as_millis() as u64,
-            workspace = caller.as_ref().map(|caller| caller.workspace.as_str()),
+            workspace = caller.as_ref().map(|(caller, _)| caller.workspace.as_str()),
             request_id,
             sandbox,
             "request"
@@ -137,12 +146,13 @@ impl Gate {
         response.map(|body| Held { body, _place: place }.boxed())
     }
 
+    /// The answer, its route with the sandbox in its path, and who asked; with whether the request was counted.
     async fn route<B>(
         &self,
         mut request: Request<B>,
         path: &str,
         request_id: &str,
-    ) -> (Response, Option<(Route, Option<String>)>, Option<Caller>)
+    ) -> (Response, Option<(Route, Option<String>)>, Option<(Caller, bool)>)
     where
         B: http_body::Body + Send + Sync + 'static,
         B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
@@ -169,7 +179,7 @@ impl Gate {
             }
         }
         let place = match &caller {
-            Some((caller, _)) => match self.app.limiter.enter(&caller.workspace, Instant::now()) {
+            Some((caller, counted)) => match self.app.limiter.enter(&caller.workspace, Instant::now()) {
                 Some(place) => Some(Place(Arc::new(place))),
                 None => {
                     let sentence = format!("more than {} requests at once", crate::limit::AT_ONCE);
@@ -179,7 +189,7 @@ impl Gate {
                         Found::Route(route, _) => Some((route, None)),
                         _ => None,
                     };
-                    return (problem.into_response(), route, Some(caller.clone()));
+                    return (problem.into_response(), route, Some((caller.clone(), *counted)));
                 }
             },
             None => None,
@@ -193,11 +203,11 @@ impl Gate {
                     format!("method {} is not allowed here", shown(&method)),
                 );
                 problem.allow = Some(format!("{}, OPTIONS", allowed.join(", ")));
-                return (problem.into_response(), None, caller.map(|(caller, _)| caller));
+                return (problem.into_response(), None, caller);
             }
             Found::Nothing => {
                 let problem = Problem::new(StatusCode::NOT_FOUND, "no_such_route", "no such route");
-                return (problem.into_response(), None, caller.map(|(caller, _)| caller));
+                return (problem.into_response(), None, caller);
             }
         };
         if let Some((caller, _)) = &caller
@@ -230,7 +240,7 @@ impl Gate {
         {
             self.app.limiter.missed(&caller.workspace, key(&method, path), Instant::now());
         }
-        (response, Some((route, sandbox)), caller.map(|(caller, _)| caller))
+        (response, Some((route, sandbox)), caller)
     }
 
     /// Token and rate limit. The second value: whether the request was counted.

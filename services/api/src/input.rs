@@ -2,12 +2,13 @@
 //!
 //! Owns: limits of size and form. Refuses to know: what a route does with it.
 
-use std::{collections::BTreeMap, fmt, pin::Pin, time::Duration};
+use std::{collections::BTreeMap, fmt, ops::RangeInclusive, pin::Pin, time::Duration};
 
 use bytes::{Bytes, BytesMut};
 use futures_util::{Stream, StreamExt};
 use http::{HeaderMap, StatusCode};
 use serde::{Deserialize, Deserializer, de::DeserializeOwned};
+use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 use tokio::time::{Instant, timeout_at};
 
 use crate::{auth::Caller, problem::Problem};
@@ -144,6 +145,38 @@ pub fn pairs(query: &str) -> Result<Vec<(String, String)>, Problem> {
             Ok((decode(key)?, decode(value)?))
         })
         .collect()
+}
+
+/// A yes or no of a query string.
+pub fn flag(key: &str, value: &str) -> Result<bool, Problem> {
+    match value {
+        "true" | "1" => Ok(true),
+        "false" | "0" => Ok(false),
+        _ => Err(Problem::invalid(format!("query parameter `{key}` must be true or false"))),
+    }
+}
+
+/// A count of a query string, within a range.
+pub fn count(key: &str, value: &str, range: RangeInclusive<usize>) -> Result<usize, Problem> {
+    value.parse().ok().filter(|count| range.contains(count)).ok_or_else(|| {
+        let (least, most) = range.into_inner();
+        Problem::invalid(format!("query parameter `{key}` must be a whole number from {least} to {most}"))
+    })
+}
+
+/// A time of a query string, RFC 3339 or Unix seconds, in Unix milliseconds; one before 1970 is 0.
+pub fn moment(key: &str, value: &str) -> Result<u64, Problem> {
+    if let Ok(seconds) = value.parse::<f64>()
+        && seconds.is_finite()
+        && seconds.abs() < 1e12
+    {
+        return Ok((seconds.max(0.0) * 1000.0) as u64);
+    }
+    // The plus of a zone that was not encoded has become a space.
+    let time = OffsetDateTime::parse(&value.replace(' ', "+"), &Rfc3339).map_err(|_| {
+        Problem::invalid(format!("query parameter `{key}` must be a time in RFC 3339 or Unix seconds"))
+    })?;
+    Ok(u64::try_from(time.unix_timestamp_nanos() / 1_000_000).unwrap_or(0))
 }
 
 /// A path in the guest.
@@ -301,7 +334,37 @@ mod tests {
         assert_eq!(pairs("path=%ff").unwrap_err().status.as_u16(), 400);
     }
 
+    #[test]
+    fn times_have_two_forms() {
+        for (text, expected) in [
+            ("1767323045", 1_767_323_045_000),
+            ("1767323045.25", 1_767_323_045_250),
+            ("2026-01-02T03:04:05.25Z", 1_767_323_045_250),
+            ("2026-01-02T04:04:05+01:00", 1_767_323_045_000),
+            ("2026-01-02T04:04:05 01:00", 1_767_323_045_000),
+            ("-5", 0),
+            ("1969-01-01T00:00:00Z", 0),
+        ] {
+            assert_eq!(moment("since", text).unwrap(), expected, "{text}");
+        }
+        for bad in ["", "x", "NaN", "inf", "1e300", "2026-01-02", "2026-13-02T03:04:05Z", "yesterday"] {
+            let problem = moment("since", bad).unwrap_err();
+            assert!(problem.status.as_u16() == 400 && problem.message.contains("`since`"), "{bad}");
+        }
+        assert_eq!(count("tail", "0", 0..=9).unwrap(), 0);
+        for bad in ["", "-1", "10", "1.5", "x"] {
+            assert_eq!(count("tail", bad, 0..=9).unwrap_err().status.as_u16(), 400, "{bad}");
+        }
+        assert_eq!((flag("f", "1").unwrap(), flag("f", "false").unwrap()), (true, false));
+        assert_eq!(flag("f", "yes").unwrap_err().status.as_u16(), 400);
+    }
+
     proptest! {
+        #[test]
+        fn no_time_panics(text in "\\PC{0,40}") {
+            let _ = moment("since", &text);
+        }
+
         #[test]
         fn no_body_panics(bytes in proptest::collection::vec(any::<u8>(), 0..64)) {
             let _ = parse_json::<Body>(&bytes);

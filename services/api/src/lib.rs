@@ -10,14 +10,17 @@
 //! ```
 
 pub mod app;
+pub mod audit;
 pub mod auth;
 pub mod bus;
 pub mod catalogue;
 pub mod fresh;
 pub mod gate;
 pub mod guest;
+pub mod happenings;
 pub mod input;
 pub mod limit;
+pub mod lines;
 pub mod listener;
 pub mod mcp;
 pub mod metrics;

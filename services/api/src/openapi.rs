@@ -11,10 +11,10 @@ use utoipa::{
 
 use crate::{
     routes::{
-        cells, exec, execs, files, forks, lifecycle, mcp, me, meta, orgs, promote, quotas, repl, sandboxes,
-        snapshots,
+        audit, cells, events, exec, execs, files, forks, lifecycle, logs, mcp, me, meta, orgs, promote,
+        quotas, repl, sandboxes, snapshots,
         sockets::{commands, lsp, terminal},
-        state, templates, volumes,
+        state, stats, templates, usage, volumes,
     },
     table::Kind,
     wire,
@@ -86,6 +86,13 @@ use crate::{
         repl::list,
         repl::close,
         cells::run,
+        logs::read,
+        events::of_sandbox,
+        events::of_workspace,
+        audit::read,
+        stats::boot,
+        usage::of_sandbox,
+        usage::overview,
         files::read,
         files::write,
         files::delete,

@@ -1,5 +1,7 @@
 //! Tenancy for `busctl`: `ai.pandastack.api1` over [`Tenancy`].
 
+use std::sync::Arc;
+
 use pandastack_bus::{
     Error, Result, SandboxId,
     api::{ApiBackend, Rate, TokenInfo},
@@ -10,6 +12,7 @@ use pandastack_bus::{
 
 use crate::{
     app::App,
+    audit::Audit,
     bus::again,
     limit,
     scope::{Grant, Scope},
@@ -20,6 +23,7 @@ use crate::{
 #[derive(Debug)]
 pub struct Operator {
     tenancy: Tenancy,
+    audit: Arc<Audit>,
     vmm: VmmProxy<'static>,
     storage: StorageProxy<'static>,
 }
@@ -27,7 +31,12 @@ pub struct Operator {
 impl Operator {
     /// Over these tenants; the other daemons know whether a workspace still has anything.
     pub fn new(app: &App) -> Self {
-        Self { tenancy: app.tenancy.clone(), vmm: app.vmm.clone(), storage: app.storage.clone() }
+        Self {
+            tenancy: app.tenancy.clone(),
+            audit: Arc::clone(&app.audit),
+            vmm: app.vmm.clone(),
+            storage: app.storage.clone(),
+        }
     }
 
     /// What a workspace has; whoever gets its name next must not find anything.
@@ -130,6 +139,7 @@ impl ApiBackend for Operator {
             self.limit(&name, resource, -1).await?;
         }
         let gone = self.tenancy.delete_workspace(&name).await.map_err(bus)?;
+        self.audit.forget(&name).await;
         tracing::info!(workspace = %name, "workspace deleted");
         Ok(gone)
     }

@@ -94,6 +94,21 @@ pub fn ascii_json(text: &str, out: &mut String) {
     out.push('"');
 }
 
+/// Appends a value as JSON of ASCII characters only.
+pub fn ascii_object(value: &impl serde::Serialize, out: &mut String) {
+    // Outside of its strings JSON is ASCII anyway, and within them an escape may stand for any character.
+    for c in serde_json::to_string(value).unwrap_or_else(|_| "{}".into()).chars() {
+        match c {
+            ' '..='~' => out.push(c),
+            _ => {
+                for unit in c.encode_utf16(&mut [0; 2]) {
+                    let _ = write!(out, "\\u{unit:04x}");
+                }
+            }
+        }
+    }
+}
+
 /// An event that carries text: `stdout`, `stderr`.
 pub fn chunk_event(event: &str, text: &str) -> Bytes {
     let mut out = format!("event: {event}\ndata: {{\"chunk\":");
@@ -108,6 +123,13 @@ pub fn placed_event(event: &str, text: &str, offset: u64, next: u64) -> Bytes {
     ascii_json(text, &mut out);
     out.push_str("}\n\n");
     out.into()
+}
+
+/// Appends an event with a line of a log.
+pub fn line_event(line: &str, out: &mut String) {
+    out.push_str("event: line\ndata: {\"line\":");
+    ascii_json(line, out);
+    out.push_str("}\n\n");
 }
 
 /// An event of a session that carries numbers and plain ASCII only.
@@ -281,6 +303,9 @@ mod tests {
             chunk_event("stderr", "\u{85}\u{2028}é\u{1F600}\u{7f}\r"),
             "event: stderr\ndata: {\"chunk\":\"\\u0085\\u2028\\u00e9\\ud83d\\ude00\\u007f\\r\"}\n\n"
         );
+        let mut line = String::new();
+        line_event("é\n", &mut line);
+        assert_eq!(line, "event: line\ndata: {\"line\":\"\\u00e9\\n\"}\n\n");
         assert_eq!(exit_event(3, 6), "event: exit\ndata: {\"exit_code\":3,\"duration_ms\":6}\n\n");
         assert_eq!(error_event("command timeout"), "event: error\ndata: {\"error\":\"command timeout\"}\n\n");
     }
@@ -344,7 +369,11 @@ mod tests {
             let mut out = String::new();
             ascii_json(&text, &mut out);
             prop_assert!(out.bytes().all(|b| (b' '..=b'~').contains(&b)));
-            prop_assert_eq!(serde_json::from_str::<String>(&out).unwrap(), text);
+            prop_assert_eq!(serde_json::from_str::<String>(&out).unwrap(), text.clone());
+            let mut object = String::new();
+            ascii_object(&[&text], &mut object);
+            prop_assert!(object.bytes().all(|b| (b' '..=b'~').contains(&b)));
+            prop_assert_eq!(serde_json::from_str::<[String; 1]>(&object).unwrap(), [text]);
         }
 
         #[test]

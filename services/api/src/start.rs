@@ -18,6 +18,7 @@ use tokio::net::TcpListener;
 
 use crate::{
     app::App,
+    audit::Audit,
     auth::Token,
     gate::Gate,
     listener,
@@ -40,6 +41,9 @@ pub enum StartError {
     /// The state directory is not writable.
     #[error("the first workspace cannot be made")]
     Tenancy(#[from] TenancyError),
+    /// Nobody could be held to account.
+    #[error("the audit log cannot be opened")]
+    Audit(#[source] io::Error),
     /// The credential is there and cannot be read.
     #[error("the credential {CREDENTIAL} cannot be read")]
     Credential(#[source] io::Error),
@@ -69,7 +73,8 @@ pub async fn run(context: Context) -> Result<(), StartError> {
     let preset = context.credential(CREDENTIAL).map_err(StartError::Credential)?;
     tenancy.first_boot(preset.and_then(parse_preset), show).await?;
 
-    let app = App::new(&context.bus, tenancy.clone()).await?;
+    let audit = Audit::open(&context.state_dir().join("audit")).map_err(StartError::Audit)?;
+    let app = App::new(&context.bus, tenancy.clone(), Arc::new(audit)).await?;
     app.start().await?;
     let gate = Gate::new(Arc::clone(&app), routes::all(&app));
 

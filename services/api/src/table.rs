@@ -103,6 +103,13 @@ pub const ROUTES: &[Route] = &[
     // Whoever follows the session now is cut off by it.
     shut("GET", "/v1/sandboxes/{id}/execs/{session}"),
     shut("DELETE", "/v1/sandboxes/{id}/execs/{session}"),
+    look("/v1/sandboxes/{id}/logs"),
+    look("/v1/sandboxes/{id}/events"),
+    look("/v1/events"),
+    look("/v1/audit"),
+    look("/v1/stats/boot"),
+    look("/v1/metrics/sandbox/{id}"),
+    look("/v1/metrics/overview"),
     look("/v1/sandboxes/{id}/fs"),
     shut("PUT", "/v1/sandboxes/{id}/fs"),
     shut("DELETE", "/v1/sandboxes/{id}/fs"),

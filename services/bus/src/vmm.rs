@@ -184,6 +184,60 @@ pub struct Event {
     pub detail: String,
 }
 
+/// One of the events of all sandboxes, with its place among them.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, Type)]
+pub struct HistoryRow {
+    /// Goes up by at least 1; never used twice.
+    pub seq: u64,
+    /// When it happened, Unix milliseconds.
+    pub unix_ms: u64,
+    /// Tenant of the sandbox.
+    pub workspace: String,
+    /// The sandbox, which may be gone.
+    pub sandbox: String,
+    /// As [`Event::kind`].
+    pub kind: String,
+    /// More about it; `detail` is [`Event::detail`].
+    pub payload: BTreeMap<String, String>,
+}
+
+/// Which events are wanted.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, Type)]
+pub struct HistoryQuery {
+    /// Of this workspace; empty: of all.
+    pub workspace: String,
+    /// Of this sandbox; empty: of all.
+    pub sandbox: String,
+    /// Of these kinds; empty: of all.
+    pub kinds: Vec<String>,
+    /// Only those with a larger `seq`.
+    pub after: u64,
+    /// Only those that happened then or later, Unix milliseconds.
+    pub since_unix_ms: u64,
+    /// So many at most; an answer has 1000 at most.
+    pub limit: u32,
+    /// If more are there than wanted, the newest; otherwise the oldest.
+    pub newest: bool,
+}
+
+/// Some events, oldest first.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, Type)]
+pub struct HistoryPage {
+    /// What was asked for.
+    pub rows: Vec<HistoryRow>,
+    /// Whoever asks for what is `after` this misses nothing and gets nothing twice.
+    pub position: u64,
+}
+
+/// Numbers over time.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, Type)]
+pub struct Series {
+    /// What was measured.
+    pub name: String,
+    /// Unix seconds and the mean of the step that begins there; steps without a measurement are left out.
+    pub points: Vec<(u64, f64)>,
+}
+
 /// What the vmm daemon does; see the interface for the meaning of each method.
 pub trait VmmBackend: Send + Sync + 'static {
     /// See [`Vmm`].
@@ -206,6 +260,14 @@ pub trait VmmBackend: Send + Sync + 'static {
     fn touch(&self, ids: Vec<String>) -> impl Future<Output = Result<()>> + Send;
     /// See [`Vmm`].
     fn open_agent(&self, id: String, wake: bool) -> impl Future<Output = Result<StdFd>> + Send;
+    /// See [`Vmm`].
+    fn open_console(
+        &self,
+        id: String,
+        lines: u32,
+        since: u64,
+        follow: bool,
+    ) -> impl Future<Output = Result<StdFd>> + Send;
     /// See [`Vmm`].
     fn pause(&self, id: String) -> impl Future<Output = Result<SandboxInfo>> + Send;
     /// See [`Vmm`].
@@ -236,6 +298,17 @@ pub trait VmmBackend: Send + Sync + 'static {
     fn quotas(&self, workspace: String) -> impl Future<Output = Result<Vec<Quota>>> + Send;
     /// See [`Vmm`].
     fn events(&self, id: String) -> impl Future<Output = Result<Vec<Event>>> + Send;
+    /// See [`Vmm`].
+    fn history(&self, query: HistoryQuery) -> impl Future<Output = Result<HistoryPage>> + Send;
+    /// See [`Vmm`].
+    fn metrics(
+        &self,
+        workspace: String,
+        id: String,
+        from: u64,
+        to: u64,
+        step: u32,
+    ) -> impl Future<Output = Result<Vec<Series>>> + Send;
     /// See [`Vmm`].
     fn capacity(&self) -> impl Future<Output = Result<Capacity>> + Send;
     /// See [`Vmm`].
@@ -291,6 +364,13 @@ impl<B: VmmBackend> Vmm<B> {
     /// first if `wake` says so, once for however many callers; otherwise, and while it is paused, `WrongState`.
     async fn open_agent(&self, id: String, wake: bool) -> Result<OwnedFd> {
         Ok(self.0.open_agent(id, wake).await?.into())
+    }
+
+    /// The serial console of a sandbox as text to be read from a pipe: the last so many lines, not older than `since` (Unix
+    /// seconds), of the machine that runs it or ran it last. With `follow` what comes, too, until that machine ends.
+    /// Does not count as activity. `NoCapacity` when too many are read at once.
+    async fn open_console(&self, id: String, lines: u32, since: u64, follow: bool) -> Result<OwnedFd> {
+        Ok(self.0.open_console(id, lines, since, follow).await?.into())
     }
 
     /// Stops the processors; memory is kept, the process stays. Paused already: nothing to do. `WrongState` otherwise.
@@ -352,6 +432,24 @@ impl<B: VmmBackend> Vmm<B> {
         self.0.events(id).await
     }
 
+    /// Events of all sandboxes, also of those that are gone, a bounded number per workspace.
+    async fn history(&self, query: HistoryQuery) -> Result<HistoryPage> {
+        self.0.history(query).await
+    }
+
+    /// What a sandbox, or for the empty id all of a workspace together, took of the host between two Unix seconds, in steps of
+    /// so many seconds. What is older is coarser; a restart begins anew.
+    async fn metrics(
+        &self,
+        workspace: String,
+        id: String,
+        from: u64,
+        to: u64,
+        step: u32,
+    ) -> Result<Vec<Series>> {
+        self.0.metrics(workspace, id, from, to, step).await
+    }
+
     /// What is left to give away.
     async fn capacity(&self) -> Result<Capacity> {
         self.0.capacity().await
@@ -373,6 +471,10 @@ impl<B: VmmBackend> Vmm<B> {
         state: &str,
         generation: u64,
     ) -> zbus::Result<()>;
+
+    /// `History` has more about this sandbox. A hint only: what counts is what `History` answers.
+    #[zbus(signal)]
+    pub async fn happened(emitter: &SignalEmitter<'_>, workspace: &str, id: &str) -> zbus::Result<()>;
 }
 
 impl State {

@@ -53,6 +53,15 @@ impl vmm::VmmBackend for Nobody {
     fn open_agent(&self, _: String, _: bool) -> impl Future<Output = Result<OwnedFd>> + Send {
         no()
     }
+    fn open_console(
+        &self,
+        _: String,
+        _: u32,
+        _: u64,
+        _: bool,
+    ) -> impl Future<Output = Result<OwnedFd>> + Send {
+        no()
+    }
     fn pause(&self, _: String) -> impl Future<Output = Result<vmm::SandboxInfo>> + Send {
         no()
     }
@@ -80,6 +89,19 @@ impl vmm::VmmBackend for Nobody {
         no()
     }
     fn events(&self, _: String) -> impl Future<Output = Result<Vec<vmm::Event>>> + Send {
+        no()
+    }
+    fn history(&self, _: vmm::HistoryQuery) -> impl Future<Output = Result<vmm::HistoryPage>> + Send {
+        no()
+    }
+    fn metrics(
+        &self,
+        _: String,
+        _: String,
+        _: u64,
+        _: u64,
+        _: u32,
+    ) -> impl Future<Output = Result<Vec<vmm::Series>>> + Send {
         no()
     }
     fn capacity(&self) -> impl Future<Output = Result<vmm::Capacity>> + Send {

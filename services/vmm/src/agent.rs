@@ -205,6 +205,8 @@ impl Agents {
             session: SandboxId::random().to_string(),
             argv: ["/bin/sh", "-c", command].map(str::to_owned).to_vec(),
             timeout_ms: WARM_UP.as_millis() as u64,
+            // What it says would be in the log of every sandbox.
+            unlogged: true,
             ..Exec::default()
         };
         let mut stream = client.exec(exec, SHORT).await.map_err(|(_, error)| unreachable(&error))?;

@@ -9,15 +9,16 @@ use pandastack_bus::{
     quota::{Quota, Resource},
     storage::SnapshotInfo,
     vmm::{
-        Capacity, Child, Event as Happened, Fork, SandboxInfo, SandboxSpec, State as Public, VmmBackend,
-        unknown_sandbox,
+        Capacity, Child, Event as Happened, Fork, HistoryPage, HistoryQuery, SandboxInfo, SandboxSpec,
+        Series, State as Public, VmmBackend, unknown_sandbox,
     },
 };
 
 use crate::{
+    console::{self, Wanted},
     machine::{Event, State},
     manager::Manager,
-    ports::{Guest, World},
+    ports::{Guest, Units, World},
     sandbox::{Happening, Sandbox},
 };
 
@@ -105,6 +106,14 @@ impl<W: World> VmmBackend for Backend<W> {
         }
     }
 
+    async fn open_console(&self, id: String, lines: u32, since: u64, follow: bool) -> Result<OwnedFd> {
+        let record = self.0.sandbox(&id)?.record();
+        let workspace = record.sandbox().map_or("", |inner| &inner.spec.workspace);
+        let place = self.0.consoles.enter(workspace)?;
+        let wanted = Wanted { lines: lines.min(console::LINES), since, follow };
+        self.0.world.units().console(record.machine(), wanted, place).await
+    }
+
     async fn pause(&self, id: String) -> Result<SandboxInfo> {
         self.order(&id, Event::Pause).await
     }
@@ -146,6 +155,24 @@ impl<W: World> VmmBackend for Backend<W> {
 
     async fn events(&self, id: String) -> Result<Vec<Happened>> {
         Ok(self.0.sandbox(&id)?.record().events.clone())
+    }
+
+    async fn history(&self, query: HistoryQuery) -> Result<HistoryPage> {
+        Ok(self.0.history.page(&query))
+    }
+
+    async fn metrics(
+        &self,
+        workspace: String,
+        id: String,
+        from: u64,
+        to: u64,
+        step: u32,
+    ) -> Result<Vec<Series>> {
+        if !id.is_empty() {
+            self.0.sandbox(&id)?;
+        }
+        Ok(self.0.meter.series(&workspace, &id, from, to, step))
     }
 
     async fn capacity(&self) -> Result<Capacity> {

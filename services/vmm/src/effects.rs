@@ -2,7 +2,7 @@
 //!
 //! Owns: the arguments of those calls. Refuses to know: their order and what follows from a failure (`machine`, `sandbox`).
 
-use std::{sync::Arc, time::Duration};
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use pandastack_bus::{
     Error, Result, SandboxId,
@@ -262,6 +262,7 @@ impl<W: World> Manager<W> {
             records.remove(&key).map(drop)
         })
         .await?;
+        self.history.gone(self.unix_ms(), record);
         if let Some(request) = nameless {
             self.requests.leave(request);
         }
@@ -273,8 +274,33 @@ impl<W: World> Manager<W> {
     /// # Errors
     /// The disk does not take it.
     pub async fn save(&self, record: &Record) -> Result<()> {
-        let (records, record) = (Arc::clone(&self.records), record.clone());
-        blocking(move || records.put(record.id.as_str(), &record)).await
+        let (records, kept) = (Arc::clone(&self.records), record.clone());
+        blocking(move || records.put(kept.id.as_str(), &kept)).await?;
+        self.history.durable(record, &self.more_of(record));
+        Ok(())
+    }
+
+    /// What its last event does not say by itself: how long it took until the guest was there.
+    fn more_of(&self, record: &Record) -> BTreeMap<String, String> {
+        let (Some(inner), Some(last)) = (record.sandbox(), record.events.last()) else {
+            return BTreeMap::new();
+        };
+        let boot_ms = match &*last.kind {
+            // A cold boot keeps the figure of its creation.
+            "sandbox.running" if inner.boot_mode != "cold" => inner.boot_ms,
+            "sandbox.woken" => {
+                let timings = self.find(&record.id).map(|sandbox| sandbox.timings()).unwrap_or_default();
+                let steps = ["borrow_us", "limits_and_fill_us", "load_us", "hello_and_freshen_us"];
+                let took = |name: &str| steps.iter().any(|step| name.strip_prefix("wake_") == Some(*step));
+                timings.iter().filter(|(name, _)| took(name)).map(|(_, micros)| micros).sum::<u64>() / 1000
+            }
+            _ => return BTreeMap::new(),
+        };
+        BTreeMap::from([
+            ("boot_ms".to_owned(), boot_ms.to_string()),
+            ("boot_mode".to_owned(), inner.boot_mode.clone()),
+            ("template".to_owned(), inner.spec.template.clone()),
+        ])
     }
 
     /// Reports the end of this process as an event, unless the watch is given up first.

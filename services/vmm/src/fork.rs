@@ -143,6 +143,7 @@ impl<W: World> Manager<W> {
             return Err(first.unwrap_or_else(|| Error::Internal("no child was asked for".into())));
         }
         let made = births.iter().filter(|birth| birth.is_ok()).count();
+        self.tell_fork(template, parent, &births);
         let (manager, parent) = (Arc::clone(self), Arc::clone(parent));
         tokio::spawn(async move {
             let _turn = parent.turn().await;
@@ -153,6 +154,28 @@ impl<W: World> Manager<W> {
             Err(error) => Birth { id: String::new(), error: error.message() },
         };
         Ok(template.answer(births.into_iter().map(birth).collect()))
+    }
+
+    /// What became of each child; nothing of it is in the parent's record.
+    fn tell_fork(&self, template: &Template<'_>, parent: &Sandbox, births: &[Result<SandboxId>]) {
+        let (now, workspace) = (self.unix_ms(), &template.inner.spec.workspace);
+        let mut children = Vec::new();
+        for (index, birth) in births.iter().enumerate() {
+            match birth {
+                Ok(id) => children.push(id.as_str()),
+                Err(error) => {
+                    let why =
+                        [("index".to_owned(), index.to_string()), ("error".to_owned(), error.message())];
+                    self.history.append(now, workspace, &parent.id, "fork.child_failed", why.into());
+                }
+            }
+        }
+        let what = [
+            ("children".to_owned(), children.join(",")),
+            ("snapshot".to_owned(), template.captured.info.spec.id.clone()),
+            ("failed".to_owned(), (births.len() - children.len()).to_string()),
+        ];
+        self.history.append(now, workspace, &parent.id, "fork.completed", what.into());
     }
 
     /// The answer survives the daemon, unless its request has no name.

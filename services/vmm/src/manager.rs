@@ -30,8 +30,11 @@ use tokio::{
 use crate::{
     admission::{self, Host},
     catalogue::Catalogue,
+    console::Consoles,
     create::Requests,
+    history::{Hint, History},
     machine::State,
+    meter::Meter,
     ports::World,
     quota::Claims,
     record::{Record, Shape, Tombstone},
@@ -88,6 +91,10 @@ pub struct Manager<W> {
     pub garbage: Mutex<Vec<String>>,
     /// Nothing is made any more: the appliance is about to go down.
     pub closing: AtomicBool,
+    /// Events of all sandboxes.
+    pub history: History,
+    /// Hints at new ones, to be told; taken once.
+    pub hints: Mutex<Option<mpsc::UnboundedReceiver<Hint>>>,
     /// Changes to be told.
     pub changes: mpsc::UnboundedSender<Change>,
     /// Starts of units at the same time.
@@ -104,6 +111,10 @@ pub struct Manager<W> {
     pub quotas: Arc<Quotas>,
     /// Creates under way.
     pub creating: watch::Sender<usize>,
+    /// What sandboxes take of the host.
+    pub meter: Meter,
+    /// Consoles that are being read.
+    pub consoles: Consoles,
     /// Memory that creates under way are expected to take, MiB.
     pub pending_mib: Arc<AtomicU64>,
     /// Slots are missing.
@@ -136,8 +147,11 @@ impl<W: World> Manager<W> {
         let tombstones: Records<Tombstone> = Records::open(&directory.join("requests"))?;
         let at = directory.join("quotas");
         let quotas = Quotas::open(&at).map_err(|source| RecordsError::Io { path: at, source })?;
+        let (hint, hints) = mpsc::unbounded_channel();
         let manager = Self {
             world,
+            history: History::open(&directory.join("events"), hint),
+            hints: Mutex::new(Some(hints)),
             config,
             catalogue: Arc::default(),
             requests: Requests::default(),
@@ -155,6 +169,8 @@ impl<W: World> Manager<W> {
             claims: Claims::default(),
             quotas: Arc::new(quotas),
             creating: watch::Sender::new(0),
+            meter: Meter::default(),
+            consoles: Consoles::default(),
             pending_mib: Arc::default(),
             refill: Notify::new(),
             space: Mutex::new(None),
@@ -173,6 +189,8 @@ impl<W: World> Manager<W> {
             manager.insert(Sandbox::new(record, manager.now_ms()));
         }
         let (all, tombstones) = (manager.all(), manager.tombstones.iter()?);
+        let records: Vec<_> = all.iter().map(|sandbox| sandbox.record()).collect();
+        manager.history.fill_in(records.iter().map(|record| &**record));
         manager.requests.load(&all, &tombstones, manager.unix_ms());
         manager.forks.load(&all, &tombstones, manager.unix_ms());
         Ok(Arc::new(manager))

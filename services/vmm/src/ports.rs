@@ -14,6 +14,11 @@ use pandastack_bus::{
 use pandastack_protocol::Mount;
 use tokio::time::Instant;
 
+use crate::{
+    console::{Place, Wanted},
+    meter::Usage,
+};
+
 /// A process, held by a file descriptor that becomes readable when it ends.
 pub type Process = Arc<OwnedFd>;
 
@@ -47,6 +52,15 @@ pub trait Units: Send + Sync + 'static {
     fn limit(&self, id: &SandboxId, limits: Limits) -> impl Future<Output = Result<()>> + Send;
     /// All instances.
     fn list(&self) -> impl Future<Output = Result<Vec<UnitState>>> + Send;
+    /// What the unit has used so far; `None` when it does not run.
+    fn usage(&self, id: &SandboxId) -> impl Future<Output = Option<Usage>> + Send;
+    /// What the process wrote, as text to be read from a pipe. The place is kept until that is over.
+    fn console(
+        &self,
+        id: &SandboxId,
+        wanted: Wanted,
+        place: Place,
+    ) -> impl Future<Output = Result<OwnedFd>> + Send;
     /// One sentence on why the process ended, asked just after it did.
     fn obituary(&self, id: &SandboxId) -> impl Future<Output = String> + Send;
 }

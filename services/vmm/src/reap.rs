@@ -3,6 +3,7 @@
 //! Owns: the intervals. Refuses to know: what ending means.
 
 use std::{
+    collections::HashSet,
     sync::{Arc, PoisonError},
     time::Duration,
 };
@@ -14,7 +15,8 @@ use crate::{
     hibernate::is_sleepy,
     machine::{Event, State},
     manager::Manager,
-    ports::World,
+    meter::{self, Sample},
+    ports::{Units, World},
     record::Record,
     sandbox::{Happening, Sandbox},
 };
@@ -53,6 +55,38 @@ impl<W: World> Manager<W> {
             }
             round += 1;
         }
+    }
+
+    /// Measures what sandboxes take, for ever.
+    pub async fn keep_metered(self: Arc<Self>) {
+        let mut ticks = interval(Duration::from_secs(u64::from(meter::TICK)));
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            ticks.tick().await;
+            self.measure().await;
+        }
+    }
+
+    /// Measures once.
+    pub async fn measure(&self) {
+        let (mut samples, mut known) = (Vec::new(), HashSet::new());
+        for sandbox in self.all() {
+            let record = sandbox.record();
+            let Some(inner) = record.sandbox().filter(|inner| inner.born) else { continue };
+            known.insert(record.id.to_string());
+            if !matches!(record.state, State::Running | State::Paused) {
+                continue;
+            }
+            let Some(usage) = self.world.units().usage(record.machine()).await else { continue };
+            samples.push(Sample {
+                sandbox: record.id.to_string(),
+                workspace: inner.spec.workspace.clone(),
+                machine: record.machine().to_string(),
+                usage,
+            });
+        }
+        let now = u32::try_from(self.unix_ms() / 1000).unwrap_or(u32::MAX);
+        self.meter.tick(now, samples, &known);
     }
 
     /// Ends what is due and goes on with teardowns that failed; each in a task of its own.

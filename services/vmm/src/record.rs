@@ -42,6 +42,9 @@ pub struct Record {
     /// What happened, oldest first.
     #[serde(default)]
     pub events: Vec<vmm::Event>,
+    /// How many events there were in all.
+    #[serde(default)]
+    noted: u64,
 }
 
 /// What a record is for.
@@ -168,6 +171,7 @@ impl Record {
             generation: 0,
             reason: String::new(),
             events: Vec::new(),
+            noted: 0,
         }
     }
 
@@ -214,9 +218,21 @@ impl Record {
     /// Adds an event; the oldest beyond [`EVENTS_KEPT`] go.
     pub fn note(&mut self, now_unix_ms: u64, kind: &str, detail: &str) {
         let detail = detail.chars().take(500).collect();
+        self.noted = self.noted() + 1;
         self.events.push(vmm::Event { unix_ms: now_unix_ms, kind: kind.to_owned(), detail });
         let surplus = self.events.len().saturating_sub(EVENTS_KEPT);
         self.events.drain(..surplus);
+    }
+
+    /// How many events there were in all; a record of an older version counts those that it has.
+    pub fn noted(&self) -> u64 {
+        self.noted.max(self.events.len() as u64)
+    }
+
+    /// The event of this number, counted from 1; `None` once it is not kept any more.
+    pub fn event(&self, number: u64) -> Option<&vmm::Event> {
+        let back = usize::try_from(self.noted().checked_sub(number)?).ok()?;
+        self.events.get(self.events.len().checked_sub(back + 1)?)
     }
 
     /// What the API calls this state; `None` when there is no sandbox to speak of.
@@ -398,6 +414,12 @@ mod tests {
 
         assert_eq!(record.events.len(), EVENTS_KEPT);
         assert_eq!(record.events.last().map(|event| event.unix_ms), Some(249));
+        assert_eq!(record.noted(), 250);
+        let told = |number| record.event(number).map(|event| event.unix_ms);
+        assert_eq!(
+            (told(250), told(151), told(150), told(0), told(251)),
+            (Some(249), Some(150), None, None, None)
+        );
     }
 
     #[test]

@@ -2,7 +2,11 @@
 //!
 //! Owns: the order of the start. Refuses to know: what is decided (`reconcile`).
 
-use std::{path::Path, sync::Arc, time::Duration};
+use std::{
+    path::Path,
+    sync::{Arc, PoisonError},
+    time::Duration,
+};
 
 use futures_util::{StreamExt, stream};
 use pandastack_bus::{
@@ -20,6 +24,7 @@ use tokio::{sync::mpsc, time::sleep};
 
 use crate::{
     backend::Backend,
+    history::Hint,
     machine::{Event, State},
     manager::{Change, Config, Manager},
     ports::{Guest, Units, World},
@@ -65,6 +70,8 @@ pub async fn serve(ctx: Context) -> std::result::Result<(), VmmError> {
     let directory = ctx.state_dir().to_owned();
     let manager = Manager::open(world, &directory, config(&ctx), changes)?;
     tokio::spawn(tell(ctx.bus.clone(), told));
+    let hints = manager.hints.lock().unwrap_or_else(PoisonError::into_inner).take();
+    tokio::spawn(hint(ctx.bus.clone(), hints));
     tokio::spawn(follow_templates(ctx.bus.clone(), Arc::clone(&manager)));
     ctx.status("comparing records with what is there");
     let slow = reconcile_until_done(&manager).await;
@@ -83,6 +90,7 @@ pub async fn serve(ctx: Context) -> std::result::Result<(), VmmError> {
     });
     let status = ctx.clone();
     tokio::spawn(Arc::clone(&manager).keep_house(move |text| status.status(text)));
+    tokio::spawn(Arc::clone(&manager).keep_metered());
     tokio::spawn(Arc::clone(&manager).keep_baked());
     tokio::spawn(Arc::clone(&manager).keep_slots());
     tokio::select! {
@@ -138,6 +146,18 @@ async fn tell(bus: Connection, mut changes: mpsc::UnboundedReceiver<Change>) {
         );
         if let Err(error) = told.await {
             tracing::warn!(sandbox = change.id, "a change was not told: {error}");
+        }
+    }
+}
+
+/// Tells that there is more in the history.
+async fn hint(bus: Connection, hints: Option<mpsc::UnboundedReceiver<Hint>>) {
+    let Some(mut hints) = hints else { return };
+    while let Some((workspace, id)) = hints.recv().await {
+        let Ok(emitter) = zbus::object_server::SignalEmitter::new(&bus, vmm::PATH) else { return };
+        // Whoever misses it looks by itself now and then.
+        if let Err(error) = Vmm::<Backend<Appliance>>::happened(&emitter, &workspace, &id).await {
+            tracing::debug!("a hint was not told: {error}");
         }
     }
 }

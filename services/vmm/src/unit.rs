@@ -5,6 +5,7 @@
 use std::{
     collections::{HashMap, VecDeque},
     os::fd::OwnedFd,
+    path::Path,
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
@@ -18,6 +19,8 @@ use pandastack_bus::{
 use tokio::{sync::oneshot, time::timeout};
 
 use crate::{
+    console::{self, Place, Wanted},
+    meter::Usage,
     ports::{Limits, Process, UnitState, Units},
     socket::Sockets,
 };
@@ -26,6 +29,10 @@ const PREFIX: &str = "pandastack-sandbox@";
 const SUFFIX: &str = ".service";
 /// Longer than the unit's own limits for starting and stopping.
 const JOB: Duration = Duration::from_secs(25);
+/// Where PID 1 keeps the units of `pandastack-sandboxes.slice`.
+const CGROUPS: &str = "/sys/fs/cgroup/pandastack.slice/pandastack-sandboxes.slice";
+/// How often a followed console's machine is looked for.
+const CONSOLE_LOOK: Duration = Duration::from_secs(5);
 /// Ended jobs that nobody has asked for yet; a reply follows its job's end within a few messages.
 const ENDED_KEPT: usize = 1024;
 
@@ -151,6 +158,35 @@ impl Units for SystemdUnits {
     async fn list(&self) -> Result<Vec<UnitState>> {
         let rows = self.manager.list_units_by_patterns(&[], &[&format!("{PREFIX}*{SUFFIX}")]).await?;
         Ok(rows.iter().filter_map(unit_state).collect())
+    }
+
+    async fn usage(&self, id: &SandboxId) -> Option<Usage> {
+        let directory = Path::new(CGROUPS).join(unit_name(id));
+        let read = tokio::task::spawn_blocking(move || {
+            let file = |name: &str| std::fs::read_to_string(directory.join(name));
+            // Without disk there is no such file, or an empty one.
+            Some(Usage::parse(
+                &file("cpu.stat").ok()?,
+                &file("memory.current").ok()?,
+                &file("io.stat").unwrap_or_default(),
+            ))
+        });
+        read.await.ok().flatten()
+    }
+
+    async fn console(&self, id: &SandboxId, wanted: Wanted, place: Place) -> Result<OwnedFd> {
+        let (reader, child) = console::read(&unit_name(id), id, wanted)?;
+        let (units, id) = (self.clone(), id.clone());
+        tokio::spawn(async move {
+            let ended = async {
+                while units.main_pid(&id).await.is_ok_and(|pid| pid != 0) {
+                    tokio::time::sleep(CONSOLE_LOOK).await;
+                }
+            };
+            console::attend(child, wanted, ended).await;
+            drop(place);
+        });
+        Ok(reader)
     }
 
     async fn obituary(&self, id: &SandboxId) -> String {

@@ -13,6 +13,7 @@
 
 mod error;
 mod followers;
+mod log;
 mod session;
 mod stdin;
 mod still;
@@ -20,6 +21,7 @@ mod stream;
 
 pub use error::GuestError;
 use followers::Followers;
+pub use log::LogReader;
 pub use session::Session;
 pub use stdin::Stdin;
 pub use still::Still;
@@ -153,6 +155,18 @@ impl Guests {
         if still {
             // They would take requests, and answer none.
             self.drop_idle(sandbox);
+        }
+    }
+
+    /// Whether a guest that could not be reached does not run now and will again: it stands still, or is on its way there or
+    /// back.
+    async fn waits(&self, sandbox: &str, error: &GuestError) -> bool {
+        match error {
+            GuestError::Paused | GuestError::Asleep(_) => true,
+            GuestError::Bus(BusError::WrongState(_)) => {
+                !matches!(self.look(sandbox).await, Ok(State::Failed | State::Stopping))
+            }
+            _ => false,
         }
     }
 

@@ -21,10 +21,12 @@ use super::{
 };
 use crate::touch::Activity;
 
-const REATTACH_FOR: Duration = Duration::from_secs(20);
-const REATTACH_EVERY: Duration = Duration::from_millis(200);
+/// How long a guest that runs may be out of reach.
+pub const REATTACH_FOR: Duration = Duration::from_secs(20);
+/// How often it is tried.
+pub const REATTACH_EVERY: Duration = Duration::from_millis(200);
 /// The longest pause between two looks at a sandbox that stands still; usually a signal comes first.
-const LOOK_EVERY: Duration = Duration::from_secs(1);
+pub const LOOK_EVERY: Duration = Duration::from_secs(1);
 /// Output of a detached command that is left to the guest for the next reader.
 const KEEP: u64 = REPLAY_BYTES as u64 / 2;
 const KILL_ATTEMPTS: usize = 5;
@@ -311,7 +313,7 @@ impl Session {
                     self.ended = true;
                     return Err(GuestError::Lost(text));
                 }
-                Err(error) if self.waits(&error).await => {
+                Err(error) if self.guests.waits(&self.sandbox, &error).await => {
                     self.lost_since = None;
                     self.guests.still.moved(&self.sandbox, pause).await;
                     pause = (pause * 2).min(LOOK_EVERY);
@@ -324,17 +326,6 @@ impl Session {
                 return Err(GuestError::Lost(error));
             }
             tokio::time::sleep(REATTACH_EVERY).await;
-        }
-    }
-
-    /// Whether the guest does not run now and will again: it stands still, or is on its way there or back.
-    async fn waits(&self, error: &GuestError) -> bool {
-        match error {
-            GuestError::Paused | GuestError::Asleep(_) => true,
-            GuestError::Bus(BusError::WrongState(_)) => {
-                !matches!(self.guests.look(&self.sandbox).await, Ok(State::Failed | State::Stopping))
-            }
-            _ => false,
         }
     }
 

@@ -22,7 +22,7 @@ use super::{
 use crate::{
     app::App,
     guest::{GuestError, Session, Wake},
-    input::{Input, segment},
+    input::{Input, flag, segment},
     output::{self, Utf8},
     problem::Problem,
     wire::{Error, rfc3339},
@@ -98,13 +98,7 @@ fn wishes(input: &Input) -> Result<(u64, bool), Problem> {
                     Problem::invalid("query parameter `offset` must be a whole number, 0 or more")
                 })?;
             }
-            "wait" => {
-                wait = match value.as_str() {
-                    "true" | "1" => true,
-                    "false" | "0" => false,
-                    _ => return Err(Problem::invalid("query parameter `wait` must be true or false")),
-                };
-            }
+            "wait" => wait = flag(&key, &value)?,
             _ => {}
         }
     }

@@ -7,7 +7,7 @@ use std::{
 
 use bytes::Bytes;
 use http::{HeaderValue, StatusCode, header};
-use pandastack_bus::vmm::Capacity;
+use pandastack_bus::{storage::Usage, vmm::Capacity};
 use serde::Serialize;
 use utoipa::ToSchema;
 use warp::{Filter, Reply, filters::BoxedFilter, reply::Response};
@@ -68,16 +68,17 @@ async fn capacity(app: &App) -> Option<Capacity> {
     app.public.capacity.get(in_time(app.vmm.capacity())).await
 }
 
+async fn space(app: &App) -> Option<Usage> {
+    app.public.storage.get(in_time(app.storage.usage())).await
+}
+
 /// Health of the server and of the daemons behind it.
 #[utoipa::path(get, path = "/healthz", tag = "service", security(()),
     responses((status = 200, body = Health), (status = 503, description = "vmm does not answer", body = Health)))]
 pub async fn healthz(app: Arc<App>) -> Answer {
-    let (vmm, storage) = tokio::join!(
-        capacity(&app),
-        app.public.storage.get(async { in_time(app.storage.usage()).await.is_some() }),
-    );
+    let (vmm, storage) = tokio::join!(capacity(&app), space(&app),);
     let word = |ok: bool| if ok { "ok" } else { "unreachable" }.to_owned();
-    let vmm = vmm.is_some();
+    let (vmm, storage) = (vmm.is_some(), storage.is_some());
     let health = Health {
         status: if vmm && storage { "ok" } else { "degraded" }.to_owned(),
         checks: [("vmm".to_owned(), word(vmm)), ("storage".to_owned(), word(storage))].into(),
@@ -112,13 +113,14 @@ pub async fn version_v1() -> Answer {
 #[utoipa::path(get, path = "/metrics", tag = "service", security(()),
     responses((status = 200, content_type = "text/plain", body = String)))]
 pub async fn metrics(app: Arc<App>) -> Answer {
-    let (capacity, states) = tokio::join!(
+    let (capacity, space, states) = tokio::join!(
         capacity(&app),
+        space(&app),
         app.public.states.get(async {
             in_time(app.vmm.list(String::new())).await.map(|all| crate::metrics::states(&all))
         }),
     );
-    let mut response = app.metrics.render(capacity.as_ref(), states.as_ref()).into_response();
+    let mut response = app.metrics.render(capacity.as_ref(), states.as_ref(), space.as_ref()).into_response();
     let kind = HeaderValue::from_static("text/plain; version=0.0.4; charset=utf-8");
     response.headers_mut().insert(header::CONTENT_TYPE, kind);
     Ok(response)

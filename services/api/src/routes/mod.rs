@@ -2,14 +2,18 @@
 //!
 //! Owns: which handler belongs to which path (the list of paths is [`crate::table`]; a test holds both together).
 
+pub mod audit;
 pub mod cells;
 pub mod command;
+pub mod events;
 pub mod exec;
 pub mod execs;
 pub mod files;
 pub mod forks;
 pub mod kernels;
 pub mod lifecycle;
+mod log_lines;
+pub mod logs;
 pub mod mcp;
 pub mod me;
 pub mod meta;
@@ -21,7 +25,9 @@ pub mod sandboxes;
 pub mod snapshots;
 pub mod sockets;
 pub mod state;
+pub mod stats;
 pub mod templates;
+pub mod usage;
 pub mod volumes;
 pub mod wish;
 
@@ -70,6 +76,16 @@ pub fn all(app: &Arc<App>) -> BoxedFilter<(Response,)> {
         .or(execs::routes(app))
         .unify()
         .or(sockets::routes(app))
+        .unify()
+        .or(logs::routes(app))
+        .unify()
+        .or(events::routes(app))
+        .unify()
+        .or(audit::routes(app))
+        .unify()
+        .or(stats::routes(app))
+        .unify()
+        .or(usage::routes(app))
         .unify()
         .or(volumes::routes(app))
         .unify()

@@ -13,6 +13,7 @@ use std::{
 
 use pandastack_api::{
     app::App,
+    audit::Audit,
     auth::Token,
     gate::Gate,
     listener,
@@ -65,7 +66,8 @@ impl Appliance {
         let state = tempfile::tempdir().unwrap();
         let tenancy = Tenancy::open(state.path()).unwrap();
         tenancy.first_boot(Token::parse(TOKEN), |_| unreachable!("a preset is there")).await.unwrap();
-        let app = App::with_kernels(&bus, tenancy, kernels).await.unwrap();
+        let audit = Audit::open(&state.path().join("audit")).unwrap();
+        let app = App::with_kernels(&bus, tenancy, Arc::new(audit), kernels).await.unwrap();
         app.start().await.unwrap();
         let gate = Gate::new(Arc::clone(&app), routes::all(&app));
         let listener = TcpListener::bind(address).await.unwrap();

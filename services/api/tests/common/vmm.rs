@@ -2,10 +2,11 @@
 
 use std::{
     collections::{BTreeMap, HashMap},
+    io::Write,
     os::{fd::OwnedFd, unix::net::UnixStream as StdUnixStream},
     sync::{
         Arc, Mutex, OnceLock,
-        atomic::{AtomicUsize, Ordering},
+        atomic::{AtomicBool, AtomicUsize, Ordering},
     },
     time::Duration,
 };
@@ -17,8 +18,8 @@ use pandastack_bus::{
     quota::{Quota, Resource},
     storage::{Purpose, SnapshotInfo},
     vmm::{
-        Birth, Capacity, Child, Event, Fork, Mount, SandboxInfo, SandboxSpec, State, Vmm, VmmBackend,
-        unknown_sandbox,
+        Birth, Capacity, Child, Event, Fork, HistoryPage, HistoryQuery, HistoryRow, Mount, SandboxInfo,
+        SandboxSpec, Series, State, Vmm, VmmBackend, unknown_sandbox,
     },
     zbus::{self, object_server::SignalEmitter},
 };
@@ -69,6 +70,12 @@ pub struct FakeVmm {
     pub stillborn: Mutex<Vec<usize>>,
     /// What the next fork answers instead of working.
     pub fork_failure: Mutex<Option<Error>>,
+    /// What happened.
+    pub history: Mutex<Vec<HistoryRow>>,
+    /// Whether nobody is told of it.
+    pub mute: AtomicBool,
+    /// Consoles that are followed.
+    pub consoles: Mutex<Vec<std::io::PipeWriter>>,
     /// Sandboxes that cannot be deleted.
     pub undeletable: Mutex<Vec<String>>,
     forks: Mutex<HashMap<String, (Vec<Child>, Fork)>>,
@@ -92,6 +99,9 @@ impl FakeVmm {
             snapshots_asked: Mutex::default(),
             stillborn: Mutex::default(),
             fork_failure: Mutex::default(),
+            history: Mutex::default(),
+            mute: AtomicBool::new(false),
+            consoles: Mutex::default(),
             undeletable: Mutex::default(),
             forks: Mutex::default(),
             shelf,
@@ -124,7 +134,15 @@ impl FakeVmm {
             let relays = self.relays.lock().unwrap().remove(id);
             relays.into_iter().flatten().for_each(|relay| relay.abort());
         }
+        let before = info.state;
         let info = self.change(id, |info| info.state = to)?;
+        let kind = match (before, to) {
+            (_, State::Paused) => "sandbox.paused",
+            (_, State::Hibernated) => "sandbox.hibernated",
+            (State::Paused, _) => "sandbox.resumed",
+            _ => "sandbox.woken",
+        };
+        self.happen(&info, kind).await;
         if let Some(bus) = self.bus.get() {
             let emitter = SignalEmitter::new(bus, pandastack_bus::vmm::PATH).unwrap();
             let told = Vmm::<Self>::changed(&emitter, id, &info.workspace, to.as_str(), info.generation);
@@ -139,6 +157,32 @@ impl FakeVmm {
 
     fn admit(&self, workspace: &str, more: u64) -> Result<()> {
         self.shelf.admit(workspace, Resource::Sandboxes, self.count(workspace), more)
+    }
+
+    /// Something happens to a sandbox.
+    pub async fn happen(&self, info: &SandboxInfo, kind: &str) {
+        {
+            let mut all = self.history.lock().unwrap();
+            let seq = all.last().map_or(1, |row| row.seq + 2);
+            let payload = BTreeMap::from([
+                ("boot_ms".to_owned(), info.boot_ms.to_string()),
+                ("boot_mode".to_owned(), info.boot_mode.clone()),
+                ("template".to_owned(), info.template.clone()),
+            ]);
+            let (workspace, sandbox) = (info.workspace.clone(), info.id.clone());
+            all.push(HistoryRow {
+                seq,
+                unix_ms: now_ms(),
+                workspace,
+                sandbox,
+                kind: kind.to_owned(),
+                payload,
+            });
+        }
+        if let Some(bus) = self.bus.get().filter(|_| !self.mute.load(Ordering::Relaxed)) {
+            let emitter = SignalEmitter::new(bus, pandastack_bus::vmm::PATH).unwrap();
+            Vmm::<Self>::happened(&emitter, &info.workspace, &info.id).await.unwrap();
+        }
     }
 
     fn fail(&self) -> Result<()> {
@@ -198,6 +242,7 @@ impl VmmBackend for FakeVmm {
             generation: 1,
         };
         self.sandboxes.lock().unwrap().insert(id.clone(), info.clone());
+        self.happen(&info, "sandbox.running").await;
         Ok(info)
     }
 
@@ -217,7 +262,11 @@ impl VmmBackend for FakeVmm {
             return Err(Error::Timeout("its process does not end".into()));
         }
         self.shelf.release(&id);
-        Ok(self.sandboxes.lock().unwrap().remove(&id).is_some())
+        let gone = self.sandboxes.lock().unwrap().remove(&id);
+        if let Some(info) = &gone {
+            self.happen(info, "sandbox.deleted").await;
+        }
+        Ok(gone.is_some())
     }
 
     async fn set_ttl(&self, id: String, ttl_seconds: u64) -> Result<SandboxInfo> {
@@ -252,6 +301,17 @@ impl VmmBackend for FakeVmm {
         });
         self.relays.lock().unwrap().entry(id).or_default().push(relay);
         Ok(near.into())
+    }
+
+    async fn open_console(&self, id: String, lines: u32, since: u64, follow: bool) -> Result<OwnedFd> {
+        self.fail()?;
+        self.change(&id, |_| ())?;
+        let (reader, mut writer) = std::io::pipe().unwrap();
+        write!(writer, "boot \u{1b}[0mé\nlines={lines} since={since} follow={follow}\n").unwrap();
+        if follow {
+            self.consoles.lock().unwrap().push(writer);
+        }
+        Ok(reader.into())
     }
 
     async fn pause(&self, id: String) -> Result<SandboxInfo> {
@@ -349,8 +409,48 @@ impl VmmBackend for FakeVmm {
         Ok(lines(&self.shelf.limits_of(&workspace), used))
     }
 
+    async fn history(&self, query: HistoryQuery) -> Result<HistoryPage> {
+        self.fail()?;
+        let all = self.history.lock().unwrap();
+        let wanted = |row: &&HistoryRow| {
+            row.seq > query.after
+                && row.unix_ms >= query.since_unix_ms
+                && row.workspace == query.workspace
+                && (query.sandbox.is_empty() || row.sandbox == query.sandbox)
+                && (query.kinds.is_empty() || query.kinds.contains(&row.kind))
+        };
+        let mut rows: Vec<HistoryRow> = all.iter().filter(wanted).cloned().collect();
+        let surplus = rows.len().saturating_sub(query.limit as usize);
+        let mut position = all.last().map_or(0, |row| row.seq).max(query.after);
+        match query.newest {
+            true => drop(rows.drain(..surplus)),
+            false if surplus > 0 => {
+                rows.truncate(query.limit as usize);
+                position = rows.last().map_or(query.after, |row| row.seq);
+            }
+            false => {}
+        }
+        Ok(HistoryPage { rows, position })
+    }
+
     async fn events(&self, _: String) -> Result<Vec<Event>> {
         Ok(Vec::new())
+    }
+
+    async fn metrics(
+        &self,
+        workspace: String,
+        id: String,
+        from: u64,
+        to: u64,
+        step: u32,
+    ) -> Result<Vec<Series>> {
+        self.fail()?;
+        if !id.is_empty() {
+            self.change(&id, |_| ())?;
+        }
+        let name = format!("{workspace} {id} {} {step}", to - from);
+        Ok(vec![Series { name, points: vec![(from, 1.5)] }])
     }
 
     async fn capacity(&self) -> Result<Capacity> {

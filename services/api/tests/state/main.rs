@@ -6,8 +6,11 @@ mod client;
 #[path = "../common/mod.rs"]
 mod common;
 
+mod audit;
+mod events;
 mod execs;
 mod forks;
+mod logs;
 mod snapshots;
 mod verbs;
 mod volumes;

@@ -2,7 +2,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    io::PipeWriter,
+    io::{PipeWriter, Write},
     os::fd::OwnedFd,
     sync::{
         Arc, Mutex,
@@ -17,8 +17,10 @@ use pandastack_bus::{
     storage::{CaptureKind, Fill, SnapshotInfo, VolumeUse},
 };
 use pandastack_protocol::Mount;
-use pandastack_vmm::ports::{
-    Guest, Hypervisor, Identification, Limits, Machine, Process, UnitState, Units, World,
+use pandastack_vmm::{
+    console::{Place, Wanted},
+    meter::Usage,
+    ports::{Guest, Hypervisor, Identification, Limits, Machine, Process, UnitState, Units, World},
 };
 use tokio::{sync::Notify, time::Instant};
 
@@ -47,6 +49,10 @@ pub struct Books {
     /// Whose volumes are in a directory.
     pub inserted: BTreeMap<String, String>,
     pub mounts: BTreeMap<String, Vec<Mount>>,
+    /// What all units together have used; each answer counts as 15 seconds.
+    pub cpu_usec: u64,
+    /// Consoles that are followed.
+    pub consoles: Vec<(String, PipeWriter, Place)>,
     pub renewed: Vec<String>,
     pub baked: bool,
     pub template_failed: Option<String>,
@@ -229,6 +235,23 @@ impl Units for Handle {
     async fn list(&self) -> Result<Vec<UnitState>> {
         let books = self.0.books.lock().unwrap();
         Ok(books.units.keys().map(|id| UnitState { id: id.parse().unwrap(), alive: true }).collect())
+    }
+    async fn usage(&self, id: &SandboxId) -> Option<Usage> {
+        let mut books = self.0.books.lock().unwrap();
+        if !books.units.contains_key(id.as_str()) {
+            return None;
+        }
+        books.cpu_usec += 15_000_000;
+        Some(Usage { cpu_usec: books.cpu_usec, memory_bytes: 1 << 20, ..Usage::default() })
+    }
+    async fn console(&self, id: &SandboxId, wanted: Wanted, place: Place) -> Result<OwnedFd> {
+        let (reader, mut writer) = std::io::pipe().unwrap();
+        writeln!(writer, "{id} {wanted:?}").unwrap();
+        // Read for as long as the machine is there.
+        if wanted.follow {
+            self.0.books.lock().unwrap().consoles.push((id.to_string(), writer, place));
+        }
+        Ok(reader.into())
     }
     async fn obituary(&self, _id: &SandboxId) -> String {
         "the guest switched itself off".into()

@@ -8,6 +8,7 @@ mod daemon;
 mod fake_storage;
 mod fakes;
 mod full;
+mod observe;
 mod quotas;
 mod sandboxes;
 mod sleep;
