@@ -118,6 +118,7 @@ fn requests() {
     json(&Request::Stat { path: path() }, r#"{"op":"stat","path":"/a"}"#);
     json(&Request::Delete { path: path() }, r#"{"op":"delete","path":"/a"}"#);
     json(&Request::Forward { port: 80 }, r#"{"op":"forward","port":80}"#);
+    json(&Request::Ports {}, r#"{"op":"ports"}"#);
     json(&Request::Sync {}, r#"{"op":"sync"}"#);
     json(&Request::GrowRoot {}, r#"{"op":"grow_root"}"#);
     let volume = Mount { device: "vdb".into(), path: "/mnt/v".into(), read_only: true };
@@ -169,6 +170,7 @@ fn answers() {
         r#"[{"name":"é\u0000","kind":"d","size":1,"mode":493,"mtime":-1}]"#,
     );
     json(&Written { bytes: 1 }, r#"{"bytes":1}"#);
+    json(&Ports { ports: vec![80, 3000] }, r#"{"ports":[80,3000]}"#);
     json(
         &Health { unix_nanos: 1, memory_available_kib: 2, disk_free_bytes: 3, sessions: 4 },
         r#"{"unix_nanos":1,"memory_available_kib":2,"disk_free_bytes":3,"sessions":4}"#,

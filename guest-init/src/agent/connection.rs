@@ -11,7 +11,7 @@ use pandastack_protocol::{
 use tokio::io::{AsyncRead, AsyncWrite};
 
 use super::{
-    Agent, delete, files, forward,
+    Agent, delete, files, forward, listening,
     replay::Stream,
     session::{Next, Order, Session},
     transfer, volumes,
@@ -105,7 +105,7 @@ fn misunderstood(payload: &[u8], error: &serde_json::Error) -> Failure {
     struct Named {
         op: String,
     }
-    const KNOWN: [&str; 16] = [
+    const KNOWN: [&str; 17] = [
         "identity",
         "exec",
         "attach",
@@ -117,6 +117,7 @@ fn misunderstood(payload: &[u8], error: &serde_json::Error) -> Failure {
         "stat",
         "delete",
         "forward",
+        "ports",
         "sync",
         "grow_root",
         "mount",
@@ -166,6 +167,10 @@ where
         }
         Request::Identity(identity) => {
             let result = agent.identify(identity);
+            wire.answer(result).await
+        }
+        Request::Ports {} => {
+            let result = blocking(|| Ok(listening::ports())).await;
             wire.answer(result).await
         }
         Request::Sync {} => {

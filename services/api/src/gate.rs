@@ -28,6 +28,10 @@ use crate::{
     tenancy::now_ms,
 };
 
+/// Who is at the other end of a connection.
+#[derive(Debug, Clone, Copy)]
+pub struct Peer(pub std::net::IpAddr);
+
 /// What the gate learned about a request, for the handlers.
 #[derive(Debug, Clone)]
 pub struct Asked {
@@ -99,7 +103,7 @@ impl Gate {
         let method = request.method().clone();
         let path = request.uri().path().to_owned();
         let has_body = !request.body().is_end_stream();
-        let (mut response, route, caller) = if method == Method::OPTIONS {
+        let (mut response, route, caller) = if method == Method::OPTIONS && !for_guest(&request) {
             let mut response = Response::default();
             *response.status_mut() = StatusCode::NO_CONTENT;
             (response, None, None)
@@ -267,6 +271,13 @@ fn key(method: &Method, path: &str) -> u64 {
     let mut hasher = DefaultHasher::new();
     (method, path).hash(&mut hasher);
     hasher.finish()
+}
+
+/// Whether a question about options is meant for a program in a guest. What a browser asks ahead of another request is not:
+/// it has no token with it.
+fn for_guest<B>(request: &Request<B>) -> bool {
+    let any = matches!(table::find("OPTIONS", request.uri().path()), Found::Route(route, _) if route.method == table::ANY);
+    any && !request.headers().contains_key(header::ACCESS_CONTROL_REQUEST_METHOD)
 }
 
 /// A method as it may stand in a log.

@@ -28,5 +28,4 @@ pub mod routes;
 pub mod start;
 pub mod table;
 pub mod tenancy;
-pub mod touch;
 pub mod wire;

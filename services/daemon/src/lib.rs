@@ -1,7 +1,7 @@
 //! What every daemon's `main` has in common.
 //!
 //! Owns: the journal, the runtime, the bus connection, readiness, reloads, the watchdog, the end; atomic files
-//! ([`files`]) and records that survive a power cut ([`records`]).
+//! ([`files`]), records that survive a power cut ([`records`]), calls that wait for a restart ([`retry`]).
 //! Refuses to know: what any daemon is for.
 //!
 //! ```text
@@ -14,6 +14,7 @@ mod notify;
 
 pub mod files;
 pub mod records;
+pub mod retry;
 
 use std::{
     error::Error,

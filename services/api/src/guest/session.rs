@@ -17,7 +17,7 @@ use pandastack_protocol::{ClientError, Exec, ExecEvent, ExecStream, REPLAY_BYTES
 use tokio::time::Instant;
 
 use super::{ANSWER, ATTEMPTS, AgentStream, GuestError, Guests, Pulse, Wake, followers::Follower};
-use crate::touch::Activity;
+use pandastack_proxy::touch::Activity;
 
 const REATTACH_FOR: Duration = Duration::from_secs(20);
 const REATTACH_EVERY: Duration = Duration::from_millis(200);

@@ -10,7 +10,10 @@ pub mod forks;
 pub mod lifecycle;
 pub mod me;
 pub mod meta;
+pub mod ports;
+pub mod previews;
 pub mod promote;
+pub mod proxy;
 pub mod sandboxes;
 pub mod snapshots;
 pub mod state;
@@ -59,6 +62,12 @@ pub fn all(app: &Arc<App>) -> BoxedFilter<(Response,)> {
         .or(execs::routes(app))
         .unify()
         .or(volumes::routes(app))
+        .unify()
+        .or(proxy::routes(app))
+        .unify()
+        .or(ports::routes(app))
+        .unify()
+        .or(previews::routes(app))
         .unify()
         .or(templates::routes(app))
         .unify()

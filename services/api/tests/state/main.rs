@@ -8,6 +8,9 @@ mod common;
 
 mod execs;
 mod forks;
+mod ports;
+mod previews;
+mod proxy;
 mod snapshots;
 mod verbs;
 mod volumes;
