@@ -36,7 +36,7 @@ templates: | tools ## the root disks that sandboxes start from
 
 build: | tools ## our services, optimized
 	$(call say,services: release build)
-	@$(CARGO) build --quiet --release --locked -p pandastack-api -p pandastack-vmm -p pandastack-network -p pandastack-storage \
+	@$(CARGO) build --quiet --release --locked -p pandastack-api -p pandastack-edge -p pandastack-vmm -p pandastack-network -p pandastack-storage \
 		-p qemu-tests -p qemu-tests-inside --bins
 
 image: tools build guest templates ## the bootable disk: $(CACHE)/image/pandastack.raw

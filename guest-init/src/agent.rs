@@ -13,6 +13,7 @@ mod exec;
 mod ext4;
 mod files;
 mod forward;
+mod listening;
 mod log;
 pub mod machine;
 mod replay;

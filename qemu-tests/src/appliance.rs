@@ -31,6 +31,8 @@ use crate::ssh::Operator;
 
 /// The API's port in the appliance.
 pub const API_PORT: u16 = 8080;
+/// The port of previews in the appliance.
+pub const EDGE_PORT: u16 = 8081;
 const SSH_PORT: u16 = 22;
 
 /// An appliance that has not been started.
@@ -46,6 +48,7 @@ pub struct Appliance {
     uefi: bool,
     restricted: bool,
     api_port: Option<u16>,
+    edge_port: Option<u16>,
     forwards: Vec<Forward>,
     credentials: Vec<(String, Vec<u8>)>,
     kernel_arguments: Vec<String>,
@@ -78,6 +81,7 @@ impl Appliance {
             uefi: false,
             restricted: true,
             api_port: None,
+            edge_port: None,
             forwards: Vec::new(),
             credentials: Vec::new(),
             kernel_arguments: Vec::new(),
@@ -152,6 +156,13 @@ impl Appliance {
         self
     }
 
+    /// The host port of previews (default: any free one).
+    #[must_use]
+    pub fn edge_port(mut self, port: u16) -> Self {
+        self.edge_port = Some(port);
+        self
+    }
+
     /// One more port into the appliance.
     #[must_use]
     pub fn forward(mut self, host: u16, guest: u16) -> Self {
@@ -211,12 +222,15 @@ impl Appliance {
         self.credentials.push(("pandastack.operator_key".to_owned(), operator.public_key()?.into_bytes()));
         let disk = self.ready_disk()?;
         // Held until QEMU is about to start, so that one call does not get the same port twice.
-        let (api_port, ssh_port) = {
-            let (api, ssh) = (free_port(self.api_port)?, free_port(None)?);
-            (api.local_addr()?.port(), ssh.local_addr()?.port())
+        let (api_port, edge_port, ssh_port) = {
+            let (api, edge, ssh) = (free_port(self.api_port)?, free_port(self.edge_port)?, free_port(None)?);
+            (api.local_addr()?.port(), edge.local_addr()?.port(), ssh.local_addr()?.port())
         };
-        let mut forwards =
-            vec![Forward { host: api_port, guest: API_PORT }, Forward { host: ssh_port, guest: SSH_PORT }];
+        let mut forwards = vec![
+            Forward { host: api_port, guest: API_PORT },
+            Forward { host: edge_port, guest: EDGE_PORT },
+            Forward { host: ssh_port, guest: SSH_PORT },
+        ];
         forwards.append(&mut self.forwards);
         if let Some(log) = &self.log_writes {
             File::create(log).with_context(|| format!("cannot make {}", log.display()))?;
@@ -256,6 +270,7 @@ impl Appliance {
             console: Console::at(console),
             qmp,
             api_port,
+            edge_port,
             ssh_port,
         };
         running.wait_for_monitor(&self.directory.join("qemu.log"))?;

@@ -33,6 +33,8 @@ pub struct Running {
     pub(crate) qmp: PathBuf,
     /// The API's port on 127.0.0.1.
     pub api_port: u16,
+    /// The port of previews on 127.0.0.1.
+    pub edge_port: u16,
     /// The SSH port on 127.0.0.1.
     pub ssh_port: u16,
 }
@@ -48,6 +50,12 @@ impl Running {
     #[must_use]
     pub fn api(&self) -> String {
         format!("http://127.0.0.1:{}", self.api_port)
+    }
+
+    /// Where previews are served.
+    #[must_use]
+    pub fn edge(&self) -> String {
+        format!("http://127.0.0.1:{}", self.edge_port)
     }
 
     /// QEMU's process.

@@ -28,9 +28,11 @@ use crate::ssh::Operator;
 
 /// The port of this machine on which `make run` serves the API.
 const API_PORT: u16 = 8080;
+/// The port of this machine on which `make run` serves previews.
+const EDGE_PORT: u16 = 8081;
 const DISK_GIB: u64 = 40;
 /// A unit's program, for `push`: the rest of /usr/lib/pandastack has no unit of its own.
-const SERVICES: [&str; 4] = ["api", "vmm", "network", "storage"];
+const SERVICES: [&str; 5] = ["api", "edge", "vmm", "network", "storage"];
 
 /// The `.run` directory of a checkout.
 #[derive(Debug)]
@@ -149,6 +151,7 @@ pub fn run(bench: &Workbench) -> Result<ExitCode> {
         .disk(disk)
         .open_network()
         .api_port(API_PORT)
+        .edge_port(EDGE_PORT)
         .credential("pandastack.api_token", bench.token()?)
         .boot()?;
     let pid = running.pid().context("QEMU has no process")?;

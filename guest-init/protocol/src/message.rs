@@ -89,6 +89,9 @@ pub enum Request {
         /// TCP port.
         port: u16,
     },
+    /// TCP ports that [`Request::Forward`] would find somebody on. Answer: `Done` with [`Ports`]; `Error` `unsupported` from agents
+    /// that are older than it.
+    Ports {},
     /// Writes everything dirty to the disks. Answer: `Done`; `Error` `busy` after 50 seconds.
     Sync {},
     /// Grows the root file system to its disk. Answer: `Done`.
@@ -304,6 +307,13 @@ pub struct Entry {
 pub struct Written {
     /// Bytes written.
     pub bytes: u64,
+}
+
+/// Payload of `Done` for `Ports`.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Ports {
+    /// In ascending order.
+    pub ports: Vec<u16>,
 }
 
 /// Payload of `Done` for `Health`.

@@ -149,6 +149,7 @@ fn requests() {
     json(&Request::Stat { path: path() }, r#"{"op":"stat","path":"/a"}"#);
     json(&Request::Delete { path: path() }, r#"{"op":"delete","path":"/a"}"#);
     json(&Request::Forward { port: 80 }, r#"{"op":"forward","port":80}"#);
+    json(&Request::Ports {}, r#"{"op":"ports"}"#);
     json(&Request::Sync {}, r#"{"op":"sync"}"#);
     json(&Request::GrowRoot {}, r#"{"op":"grow_root"}"#);
     let volume = Mount { device: "vdb".into(), path: "/mnt/v".into(), read_only: true };
@@ -201,6 +202,7 @@ fn answers() {
     );
     json(&LogEnd { life: 1, start: 2, next: 3, end: 4 }, r#"{"life":1,"start":2,"next":3,"end":4}"#);
     json(&Written { bytes: 1 }, r#"{"bytes":1}"#);
+    json(&Ports { ports: vec![80, 3000] }, r#"{"ports":[80,3000]}"#);
     json(
         &Health { unix_nanos: 1, memory_available_kib: 2, disk_free_bytes: 3, sessions: 4 },
         r#"{"unix_nanos":1,"memory_available_kib":2,"disk_free_bytes":3,"sessions":4}"#,

@@ -11,7 +11,7 @@ use pandastack_protocol::{
 use tokio::io::{AsyncRead, AsyncWrite};
 
 use super::{
-    Agent, delete, files, forward,
+    Agent, delete, files, forward, listening,
     log::Log,
     replay::Stream,
     session::{Next, Order, Session},
@@ -106,7 +106,7 @@ fn misunderstood(payload: &[u8], error: &serde_json::Error) -> Failure {
     struct Named {
         op: String,
     }
-    const KNOWN: [&str; 17] = [
+    const KNOWN: [&str; 18] = [
         "identity",
         "exec",
         "attach",
@@ -119,6 +119,7 @@ fn misunderstood(payload: &[u8], error: &serde_json::Error) -> Failure {
         "stat",
         "delete",
         "forward",
+        "ports",
         "sync",
         "grow_root",
         "mount",
@@ -171,6 +172,10 @@ where
         }
         Request::Identity(identity) => {
             let result = agent.identify(identity);
+            wire.answer(result).await
+        }
+        Request::Ports {} => {
+            let result = blocking(|| Ok(listening::ports())).await;
             wire.answer(result).await
         }
         Request::Sync {} => {

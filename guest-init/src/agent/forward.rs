@@ -2,7 +2,7 @@
 
 use std::{
     io,
-    net::{IpAddr, Ipv4Addr, SocketAddr},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     time::Duration,
 };
 
@@ -14,10 +14,10 @@ use tokio::{
 
 const LIMIT: Duration = Duration::from_secs(5);
 
-/// Connects to a port of the loopback or, for programs that listen there only, of `eth0`.
+/// Connects to a port of the loopback (of both families: `localhost` is `::1` to some) or, for programs that listen there only,
+/// of `eth0`.
 pub async fn connect(port: u16) -> Result<TcpStream, Failure> {
-    let addresses = [Some(IpAddr::V4(Ipv4Addr::LOCALHOST)), link_address("eth0")];
-    for address in addresses.into_iter().flatten() {
+    for address in addresses() {
         let attempt = TcpStream::connect(SocketAddr::new(address, port));
         if let Ok(Ok(stream)) = tokio::time::timeout(LIMIT, attempt).await {
             // Small answers must not wait for more.
@@ -26,6 +26,12 @@ pub async fn connect(port: u16) -> Result<TcpStream, Failure> {
         }
     }
     Err(Failure { code: Code::Refused, message: format!("nobody listens on port {port}") })
+}
+
+/// Where programs are looked for.
+pub fn addresses() -> impl Iterator<Item = IpAddr> {
+    let loopback = [IpAddr::V4(Ipv4Addr::LOCALHOST), IpAddr::V6(Ipv6Addr::LOCALHOST)];
+    loopback.into_iter().chain(link_address("eth0"))
 }
 
 /// Carries bytes both ways until both have ended.

@@ -48,6 +48,8 @@ pub fn typescript(fixture: &Fixture) -> Result<()> {
 fn finish(mut run: Command, fixture: &Fixture) -> Result<()> {
     let status = run
         .env("PANDASTACK_API", fixture.base()?)
+        .env("PANDASTACK_EDGE", fixture.edge()?)
+        .env("PANDASTACK_PREVIEW_HOST", crate::fixture::PREVIEW_SUFFIX)
         .env("PANDASTACK_API_KEY", fixture.token())
         .env("PANDASTACK_FOREIGN_KEY", fixture.foreign_token()?)
         .env("HOME", fixture.directory())

@@ -16,7 +16,7 @@ use qemu_tests::api::Api;
 
 use crate::fixture::Fixture;
 
-const DAEMONS: [&str; 4] = ["vmm", "storage", "network", "api"];
+const DAEMONS: [&str; 5] = ["vmm", "storage", "network", "api", "edge"];
 
 /// What callers were told.
 #[derive(Debug, Default)]
@@ -139,7 +139,7 @@ pub fn an_index_that_is_gone_is_rebuilt(fixture: &Fixture) -> Result<()> {
     let id = api.create(&json!({"template": "base", "metadata": {"keep": "me"}}))?;
 
     let removed = fixture.ssh(
-        "systemctl stop pandastack-api pandastack-vmm pandastack-network pandastack-storage; n=$(find /var/lib/pandastack -name .index | wc -l); find /var/lib/pandastack -name .index -prune -exec rm -rf {} +; systemctl start pandastack.target; echo $n",
+        "systemctl stop pandastack-api pandastack-edge pandastack-vmm pandastack-network pandastack-storage; n=$(find /var/lib/pandastack -name .index | wc -l); find /var/lib/pandastack -name .index -prune -exec rm -rf {} +; systemctl start pandastack.target; echo $n",
     )?;
     for daemon in DAEMONS {
         wait_active(fixture, daemon)?;

@@ -13,6 +13,9 @@ use qemu_tests::{Appliance, Running, api::Api, audit, image};
 /// Token that is preset by a system credential.
 const TOKEN: &str = "pds_0123456789abcdef0123456789abcdef";
 
+/// Suffix of the host names of previews.
+pub const PREVIEW_SUFFIX: &str = "preview.test";
+
 pub struct Fixture {
     running: Mutex<Option<Running>>,
     directory: PathBuf,
@@ -35,7 +38,9 @@ impl Fixture {
     /// Boots the disk as it is.
     pub fn start(&self, change: impl FnOnce(Appliance) -> Appliance) -> Result<()> {
         let started = Instant::now();
-        let appliance = Appliance::in_directory(&self.directory)?.credential("pandastack.api_token", TOKEN);
+        let appliance = Appliance::in_directory(&self.directory)?
+            .credential("pandastack.api_token", TOKEN)
+            .credential("pandastack.preview_suffix", PREVIEW_SUFFIX);
         let mut running = change(appliance).boot()?;
         eprintln!("booting, {:?} ({})", running.accelerator(), running.choice.because);
         let mut said = 0;
@@ -94,6 +99,11 @@ impl Fixture {
         Ok(self.lock().as_ref().context("the appliance is off")?.api())
     }
 
+    /// Where previews are served.
+    pub fn edge(&self) -> Result<String> {
+        Ok(self.lock().as_ref().context("the appliance is off")?.edge())
+    }
+
     pub fn api(&self) -> Result<Api> {
         Ok(Api::new(self.base()?, TOKEN))
     }
@@ -148,7 +158,7 @@ impl Fixture {
 
     /// Prints what a person would look at first.
     pub fn explain(&self, name: &str) {
-        let lines = "journalctl -b --no-pager -o short-monotonic -p info -t api -t vmm -t storage -t network -n 40; systemctl --failed --no-legend";
+        let lines = "journalctl -b --no-pager -o short-monotonic -p info -t api -t edge -t vmm -t storage -t network -n 40; systemctl --failed --no-legend";
         match self.ssh(lines) {
             Ok(text) => eprintln!("--- {name}: the daemons' last lines\n{text}---"),
             Err(error) => {

@@ -1,6 +1,6 @@
 //! What the handlers share.
 //!
-//! Owns: the proxies to vmm and storage, the ownership cache. A sandbox's workspace never changes and an id is never
+//! Owns: the proxies to vmm, storage and edge, the ownership cache. A sandbox's workspace never changes and an id is never
 //! used twice, so a stale entry can only lead to vmm's own "not found".
 
 use std::{
@@ -11,10 +11,13 @@ use std::{
 use futures_util::StreamExt;
 use pandastack_bus::{
     SandboxId,
+    edge::EdgeProxy,
     storage::{StorageProxy, Usage},
     vmm::{Capacity, SandboxInfo, VmmProxy},
     zbus,
 };
+
+use pandastack_proxy::{Proxy, touch::Touch};
 
 use crate::{
     audit::Audit,
@@ -30,7 +33,6 @@ use crate::{
     problem::{Effect, Problem},
     routes::kernels::Kernels,
     tenancy::Tenancy,
-    touch::Touch,
 };
 
 const OWNERS_KEPT: usize = 16_384;
@@ -59,6 +61,10 @@ pub struct App {
     pub storage: StorageProxy<'static>,
     /// What it said lately.
     pub catalogue: Catalogue,
+    /// Who has the tokens of signed previews.
+    pub edge: EdgeProxy<'static>,
+    /// The way to programs in guests.
+    pub proxy: Arc<Proxy>,
     /// Conversations with guests.
     pub guests: Arc<Guests>,
     /// How the kernels in a guest are asked.
@@ -95,16 +101,20 @@ impl App {
         let vmm = VmmProxy::builder(bus).cache_properties(zbus::proxy::CacheProperties::No).build().await?;
         let storage =
             StorageProxy::builder(bus).cache_properties(zbus::proxy::CacheProperties::No).build().await?;
+        let edge = EdgeProxy::builder(bus).cache_properties(zbus::proxy::CacheProperties::No).build().await?;
+        let touch = Arc::<Touch>::default();
         Ok(Arc::new(Self {
             tenancy,
             audit,
+            edge,
+            proxy: Proxy::new(vmm.clone(), Arc::clone(&touch)),
             guests: Guests::new(vmm.clone()),
             vmm,
             storage,
             catalogue: Catalogue::default(),
             kernels,
             happenings: Happenings::default(),
-            touch: Arc::default(),
+            touch,
             limiter: Limiter::default(),
             metrics: Metrics::default(),
             budget: Budget::default(),
@@ -143,6 +153,7 @@ impl App {
             }
         });
         tokio::spawn(Arc::clone(&self.touch).run(self.vmm.clone()));
+        tokio::spawn(Arc::clone(&self.proxy).follow(self.vmm.clone()));
         let guests = Arc::clone(&self.guests);
         tokio::spawn(async move {
             let mut every = tokio::time::interval(std::time::Duration::from_secs(20));

@@ -11,7 +11,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use http::{HeaderMap, HeaderValue, Method, Request, StatusCode, Uri};
+use http::{HeaderMap, HeaderValue, Method, Request, StatusCode, Uri, header};
 use http_body::{Body, Frame, SizeHint};
 use http_body_util::{BodyExt, combinators::BoxBody};
 use hyper::service::Service;
@@ -28,6 +28,10 @@ use crate::{
     table::{self, Found, Kind, Route},
     tenancy::now_ms,
 };
+
+/// Who is at the other end of a connection.
+#[derive(Debug, Clone, Copy)]
+pub struct Peer(pub std::net::IpAddr);
 
 /// What the gate learned about a request, for the handlers.
 #[derive(Debug, Clone)]
@@ -100,7 +104,7 @@ impl Gate {
         let method = request.method().clone();
         let path = request.uri().path().to_owned();
         let has_body = !request.body().is_end_stream();
-        let (mut response, route, caller) = if method == Method::OPTIONS {
+        let (mut response, route, caller) = if method == Method::OPTIONS && !for_guest(&request) {
             let mut response = Response::default();
             *response.status_mut() = StatusCode::NO_CONTENT;
             (response, None, None)
@@ -210,11 +214,11 @@ impl Gate {
                 return (problem.into_response(), None, caller);
             }
         };
-        if let Some((caller, _)) = &caller
-            && let Err(problem) = self.may(caller, request.headers(), &route, sandbox.as_deref())
+        if let Some((who, _)) = &caller
+            && let Err(problem) = self.may(who, request.headers(), &route, sandbox.as_deref())
         {
             self.app.metrics.refused(problem.code);
-            return (problem.into_response(), Some((route, sandbox)), Some(caller.clone()));
+            return (problem.into_response(), Some((route, sandbox)), caller);
         }
         // What goes on knows neither the token nor, therefore, can leak it.
         auth::remove_tokens(request.headers_mut());
@@ -299,6 +303,13 @@ fn key(method: &Method, path: &str) -> u64 {
     let mut hasher = DefaultHasher::new();
     (method, path).hash(&mut hasher);
     hasher.finish()
+}
+
+/// Whether a question about options is meant for a program in a guest. What a browser asks ahead of another request is not:
+/// it has no token with it.
+fn for_guest<B>(request: &Request<B>) -> bool {
+    let any = matches!(table::find("OPTIONS", request.uri().path()), Found::Route(route, _) if route.method == table::ANY);
+    any && !request.headers().contains_key(header::ACCESS_CONTROL_REQUEST_METHOD)
 }
 
 /// A method as it may stand in a log.

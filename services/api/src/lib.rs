@@ -34,5 +34,4 @@ pub mod start;
 pub mod table;
 pub mod tenancy;
 pub mod tenant;
-pub mod touch;
 pub mod wire;

@@ -19,7 +19,7 @@ use hyper_util::{
 };
 use tokio::{net::TcpListener, sync::Semaphore};
 
-use crate::gate::Gate;
+use crate::gate::{Gate, Peer};
 
 /// Connections at one time.
 const CONNECTIONS: usize = 8192;
@@ -42,9 +42,9 @@ pub async fn serve(listener: TcpListener, gate: Gate, stop: impl Future<Output =
             slot = Arc::clone(&slots).acquire_owned() => slot,
             () = &mut stop => break,
         };
-        let stream = tokio::select! {
+        let (stream, peer) = tokio::select! {
             accepted = listener.accept() => match accepted {
-                Ok((stream, _)) => stream,
+                Ok((stream, peer)) => (stream, Peer(peer.ip())),
                 Err(error) => {
                     // Out of descriptors, or the peer was faster: wait a moment, never end.
                     if !matches!(error.kind(), io::ErrorKind::ConnectionAborted | io::ErrorKind::ConnectionReset) {
@@ -60,14 +60,15 @@ pub async fn serve(listener: TcpListener, gate: Gate, stop: impl Future<Output =
         let gate = gate.clone();
         let asked = Arc::new(AtomicBool::new(false));
         let first = Arc::clone(&asked);
-        let service = service_fn(move |request: hyper::Request<Incoming>| {
+        let service = service_fn(move |mut request: hyper::Request<Incoming>| {
             first.store(true, Ordering::Relaxed);
+            request.extensions_mut().insert(peer);
             let gate = gate.clone();
             async move { Ok::<_, Infallible>(gate.answer(request).await) }
         });
-        let mut http1 = auto::Builder::new(TokioExecutor::new()).http1_only();
-        http1.http1().timer(TokioTimer::new()).header_read_timeout(HEAD).max_buf_size(HEAD_BYTES);
-        let connection = http1.serve_connection_with_upgrades(TokioIo::new(stream), service).into_owned();
+        let mut http = auto::Builder::new(TokioExecutor::new()).http1_only();
+        http.http1().timer(TokioTimer::new()).header_read_timeout(HEAD).max_buf_size(HEAD_BYTES);
+        let connection = http.serve_connection_with_upgrades(TokioIo::new(stream), service).into_owned();
         let connection = graceful.watch(connection);
         tokio::spawn(async move {
             tokio::select! {

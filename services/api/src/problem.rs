@@ -7,8 +7,10 @@
 //! a sentence of ours (see [`calm`]).
 
 use http::{HeaderValue, StatusCode, header};
-use pandastack_bus::{Error as BusError, zbus};
+use pandastack_bus::Error as BusError;
+use pandastack_daemon::retry::never_sent;
 use pandastack_protocol::{Code, Failure};
+use pandastack_proxy::Refusal;
 use serde_json::{Map, Value};
 use warp::reply::Response;
 
@@ -200,6 +202,12 @@ impl Problem {
         }
     }
 
+    /// What the proxy says instead of an answer of the guest's.
+    pub fn from_refusal(refusal: &Refusal) -> Self {
+        let problem = Self::new(refusal.status, refusal.code, &refusal.message);
+        Self { retry_after: refusal.retry_after, ..problem }
+    }
+
     /// The JSON object of the answer.
     pub fn body(&self, request_id: &str) -> Value {
         let mut body = self.extra.clone();
@@ -237,20 +245,6 @@ impl Problem {
     }
 }
 
-/// Whether a failed bus call certainly had no effect: the daemon was not on the bus.
-pub fn never_sent(error: &zbus::Error) -> bool {
-    match error {
-        zbus::Error::FDO(error) => {
-            matches!(**error, zbus::fdo::Error::ServiceUnknown(_) | zbus::fdo::Error::NameHasNoOwner(_))
-        }
-        zbus::Error::MethodError(name, ..) => matches!(
-            name.as_str(),
-            "org.freedesktop.DBus.Error.ServiceUnknown" | "org.freedesktop.DBus.Error.NameHasNoOwner"
-        ),
-        _ => false,
-    }
-}
-
 /// One bounded line without the phrases on which clients send a command once more.
 pub fn calm(text: &str) -> String {
     let line: String =
@@ -273,6 +267,8 @@ pub fn untimed(text: &str) -> String {
 
 #[cfg(test)]
 mod tests {
+    use pandastack_bus::zbus;
+
     use super::*;
 
     #[test]

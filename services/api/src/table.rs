@@ -1,11 +1,16 @@
 //! The one list of routes: the gate, the metrics and the tests of the OpenAPI document all use it.
 
+/// Method of a route that takes every method.
+pub const ANY: &str = "ANY";
+/// Last part of a template that stands for the rest of the path, which may be empty.
+pub const REST: &str = "{*path}";
+
 /// A route.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Route {
-    /// HTTP method.
+    /// HTTP method, or [`ANY`].
     pub method: &'static str,
-    /// Path with `{…}` for parameters; `{id}` is always a sandbox.
+    /// Path with `{…}` for parameters; `{id}` is always a sandbox, [`REST`] as its last part the rest.
     pub template: &'static str,
     /// Who it is for.
     pub kind: Kind,
@@ -118,6 +123,14 @@ pub const ROUTES: &[Route] = &[
     special("POST", "/mcp", Kind::Asks),
     special("POST", "/v1/mcp", Kind::Asks),
     special("POST", "/v1/sandboxes/{id}/mcp", Kind::Asks),
+    look("/v1/sandboxes/{id}/ports"),
+    shut("POST", "/v1/sandboxes/{id}/ports"),
+    shut("DELETE", "/v1/sandboxes/{id}/ports/{port}"),
+    shut(ANY, "/v1/sandboxes/{id}/proxy/{port}/{*path}"),
+    shut("POST", "/v1/sandboxes/{id}/preview"),
+    shut("POST", "/v1/sandboxes/{id}/preview-token"),
+    look("/v1/sandboxes/{id}/preview-tokens"),
+    shut("DELETE", "/v1/sandboxes/{id}/preview-tokens/{token}"),
 ];
 
 /// What a request asks for.
@@ -136,7 +149,7 @@ pub fn find<'a>(method: &str, path: &'a str) -> Found<'a> {
     let mut others = Vec::new();
     for route in ROUTES {
         let Some(sandbox) = matches(route.template, path) else { continue };
-        if route.method == method {
+        if route.method == method || route.method == ANY {
             return Found::Route(*route, sandbox);
         }
         others.push(route.method);
@@ -150,7 +163,7 @@ fn matches<'a>(template: &str, path: &'a str) -> Option<Option<&'a str>> {
     let mut sandbox = None;
     loop {
         match (wanted.next(), given.next()) {
-            (None, None) => return Some(sandbox),
+            (None, None) | (Some(REST), _) => return Some(sandbox),
             (Some(_), None) | (None, Some(_)) => return None,
             (Some(want), Some(got)) if want.starts_with('{') => {
                 if got.is_empty() {
@@ -178,6 +191,14 @@ mod tests {
             Found::Route(look("/v1/sandboxes/{id}/fs/dir"), Some("abc"))
         );
         assert_eq!(find("PUT", "/v1/sandboxes"), Found::OtherMethods(vec!["POST", "GET"]));
+        let proxy = shut(ANY, "/v1/sandboxes/{id}/proxy/{port}/{*path}");
+        for path in ["", "/", "//", "/a/b", "/a//../%2f"] {
+            let path = format!("/v1/sandboxes/abc/proxy/3000{path}");
+            assert_eq!(find("HEAD", &path), Found::Route(proxy, Some("abc")), "{path:?}");
+        }
+        for path in ["/v1/sandboxes/abc/proxy", "/v1/sandboxes/abc/proxy/", "/v1/sandboxes//proxy/3000/"] {
+            assert_eq!(find("GET", path), Found::Nothing, "{path:?}");
+        }
         for path in ["/healthzX", "/v1/sandboxes/", "/v1/sandboxes//fs", "/", "", "/v1/sandboxes/a/forks"] {
             assert_eq!(find("GET", path), Found::Nothing, "{path:?}");
         }

@@ -63,8 +63,9 @@ async fn every_route_of_the_table_has_a_handler() {
     let api = Api::new(&appliance);
     for route in pandastack_api::table::ROUTES {
         let path = route.template.replace("{id}", "zzzzzzzzzzzzzzzzzzzz").replace("{name}", "nope");
-        let path = path.replace("{prefix}", "pds_none");
-        let reply = api.send(route.method, &path, &[], b"").await;
+        let path = path.replace("{prefix}", "pds_none").replace("{port}", "80").replace("{*path}", "a/b");
+        let method = if route.method == pandastack_api::table::ANY { "PATCH" } else { route.method };
+        let reply = api.send(method, &path, &[], b"").await;
         let kind = reply.header("content-type").unwrap_or_default();
         let ours = kind == "application/json" || kind.starts_with("text/plain; version");
         // What warp says of a route it does not have is text/plain without more.

@@ -6,7 +6,8 @@
 //!
 //! It refuses to know what any of it means: no state, no files, no policy.
 //!
-//! Calls go one way: api → vmm → storage, network, PID 1; api may also ask storage about templates. All daemons come
+//! Calls go one way: api, edge → vmm → storage, network, PID 1; api may also ask storage about
+//! templates and edge about previews. All daemons come
 //! from one image, so these interfaces are changed freely between images; the golden introspection in `tests/` makes a
 //! change deliberate.
 
@@ -14,6 +15,7 @@ mod error;
 mod id;
 
 pub mod api;
+pub mod edge;
 pub mod network;
 pub mod quota;
 pub mod storage;

@@ -257,6 +257,13 @@ pub trait VmmBackend: Send + Sync + 'static {
         persistent: bool,
     ) -> impl Future<Output = Result<SandboxInfo>> + Send;
     /// See [`Vmm`].
+    fn set_label(
+        &self,
+        id: String,
+        key: String,
+        value: String,
+    ) -> impl Future<Output = Result<SandboxInfo>> + Send;
+    /// See [`Vmm`].
     fn touch(&self, ids: Vec<String>) -> impl Future<Output = Result<()>> + Send;
     /// See [`Vmm`].
     fn open_agent(&self, id: String, wake: bool) -> impl Future<Output = Result<StdFd>> + Send;
@@ -353,6 +360,12 @@ impl<B: VmmBackend> Vmm<B> {
     /// Exempts from the idle limit, or no longer; `WrongState` while the sandbox is being made or recovered.
     async fn set_persistent(&self, id: String, persistent: bool) -> Result<SandboxInfo> {
         self.0.set_persistent(id, persistent).await
+    }
+
+    /// Sets one of its labels (1 to 64 bytes; its value 1 to 256), or takes it away for an empty value; `WrongState` while the
+    /// sandbox is being made or recovered, `Quota` when it has as many labels as it may have. Counts as activity.
+    async fn set_label(&self, id: String, key: String, value: String) -> Result<SandboxInfo> {
+        self.0.set_label(id, key, value).await
     }
 
     /// Says that these sandboxes were used just now. Unknown ids are ignored.

@@ -6,7 +6,7 @@
 use std::{future::Future, os::fd::OwnedFd, os::unix::net::UnixStream, path::Path, sync::Arc};
 
 use pandastack_bus::{
-    Error, Result, api, network,
+    Error, Result, api, edge, network,
     quota::{Quota, Resource},
     storage, vmm, zbus,
 };
@@ -45,6 +45,14 @@ impl vmm::VmmBackend for Nobody {
         no()
     }
     fn set_persistent(&self, _: String, _: bool) -> impl Future<Output = Result<vmm::SandboxInfo>> + Send {
+        no()
+    }
+    fn set_label(
+        &self,
+        _: String,
+        _: String,
+        _: String,
+    ) -> impl Future<Output = Result<vmm::SandboxInfo>> + Send {
         no()
     }
     fn touch(&self, _: Vec<String>) -> impl Future<Output = Result<()>> + Send {
@@ -298,6 +306,21 @@ impl api::ApiBackend for Nobody {
     }
 }
 
+impl edge::EdgeBackend for Nobody {
+    fn mint(&self, _: edge::PreviewSpec) -> impl Future<Output = Result<edge::Minted>> + Send {
+        no()
+    }
+    fn revoke(&self, _: String, _: String, _: String) -> impl Future<Output = Result<bool>> + Send {
+        no()
+    }
+    fn list(&self, _: String, _: String) -> impl Future<Output = Result<Vec<edge::PreviewInfo>>> + Send {
+        no()
+    }
+    fn connections(&self) -> impl Future<Output = Result<u32>> + Send {
+        no()
+    }
+}
+
 async fn pair() -> zbus::Result<(zbus::Connection, zbus::Connection)> {
     let (a, b) = UnixStream::pair().expect("a socket pair");
     let nobody = || Arc::new(Nobody);
@@ -308,6 +331,7 @@ async fn pair() -> zbus::Result<(zbus::Connection, zbus::Connection)> {
         .serve_at(storage::PATH, storage::Storage(nobody()))
         .serve_at(network::PATH, network::Network(nobody()))
         .serve_at(api::PATH, api::Api(nobody()))
+        .serve_at(edge::PATH, edge::Edge(nobody()))
         .build();
     let client = zbus::connection::Builder::unix_stream(b).p2p().build();
     let (server, client) = tokio::join!(server, client);
@@ -323,6 +347,7 @@ async fn interfaces_are_as_they_were() {
         (storage::NAME, storage::PATH),
         (network::NAME, network::PATH),
         (api::NAME, api::PATH),
+        (edge::NAME, edge::PATH),
     ] {
         let proxy = zbus::fdo::IntrospectableProxy::builder(&client)
             .destination(name)

@@ -1,7 +1,8 @@
 //! What every daemon's `main` has in common.
 //!
 //! Owns: the journal, the runtime, the bus connection, readiness, reloads, the watchdog, the end; atomic files
-//! ([`files`]), records that survive a power cut ([`records`]), quotas of workspaces ([`quotas`]).
+//! ([`files`]), records that survive a power cut ([`records`]), quotas of workspaces ([`quotas`]),
+//! calls that wait for a restart ([`retry`]).
 //! Refuses to know: what any daemon is for.
 //!
 //! ```text
@@ -15,6 +16,7 @@ mod notify;
 pub mod files;
 pub mod quotas;
 pub mod records;
+pub mod retry;
 
 use std::{
     error::Error,

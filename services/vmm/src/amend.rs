@@ -12,11 +12,12 @@ impl<W: World> Manager<W> {
     /// Changes the settings of a sandbox that is there: durable, then told.
     ///
     /// # Errors
-    /// [`Error::WrongState`] at once while it is being made or booted again; [`Error::NotFound`] when it is being taken down.
+    /// [`Error::WrongState`] at once while it is being made or booted again; [`Error::NotFound`] when it is being taken down;
+    /// what `change` refuses. Nothing changed then.
     pub async fn amend(
         self: &Arc<Self>,
         sandbox: &Arc<Sandbox>,
-        change: impl FnOnce(&mut crate::record::Sandbox) + Send + 'static,
+        change: impl FnOnce(&mut crate::record::Sandbox) -> Result<()> + Send + 'static,
     ) -> Result<()> {
         // Not waited for: a boot takes long, and the caller can see by itself when it is over.
         changeable(&sandbox.record())?;
@@ -29,7 +30,7 @@ impl<W: World> Manager<W> {
             let Some(inner) = record.sandbox_mut() else {
                 return Err(unknown_sandbox(sandbox.id.as_str()));
             };
-            change(inner);
+            change(inner)?;
             record.generation += 1;
             manager.save(&record).await?;
             sandbox.publish(&record);

@@ -25,6 +25,11 @@ use crate::{
 /// Longest idle limit, seconds: a hundred years.
 const TTL_LIMIT: u64 = 100 * 366 * 86400;
 
+/// Labels of a sandbox, those it was made with included, and bytes of one that is set later.
+const LABELS: usize = 128;
+const LABEL_KEY: usize = 64;
+const LABEL_VALUE: usize = 256;
+
 /// The manager, as the bus sees it.
 #[derive(Debug)]
 pub struct Backend<W>(pub Arc<Manager<W>>);
@@ -66,13 +71,43 @@ impl<W: World> VmmBackend for Backend<W> {
         }
         let sandbox = self.0.sandbox(&id)?;
         let ttl = ttl_seconds.min(TTL_LIMIT);
-        self.0.amend(&sandbox, move |inner| inner.spec.ttl_seconds = ttl).await?;
+        let change = move |inner: &mut crate::record::Sandbox| {
+            inner.spec.ttl_seconds = ttl;
+            Ok(())
+        };
+        self.0.amend(&sandbox, change).await?;
         self.0.info(&id)
     }
 
     async fn set_persistent(&self, id: String, persistent: bool) -> Result<SandboxInfo> {
         let sandbox = self.0.sandbox(&id)?;
-        self.0.amend(&sandbox, move |inner| inner.spec.persistent = persistent).await?;
+        let change = move |inner: &mut crate::record::Sandbox| {
+            inner.spec.persistent = persistent;
+            Ok(())
+        };
+        self.0.amend(&sandbox, change).await?;
+        self.0.info(&id)
+    }
+
+    async fn set_label(&self, id: String, key: String, value: String) -> Result<SandboxInfo> {
+        if !(1..=LABEL_KEY).contains(&key.len()) || value.len() > LABEL_VALUE {
+            return Err(Error::InvalidArgument(format!(
+                "a label has 1 to {LABEL_KEY} bytes and a value of at most {LABEL_VALUE}"
+            )));
+        }
+        let sandbox = self.0.sandbox(&id)?;
+        let change = move |inner: &mut crate::record::Sandbox| {
+            let labels = &mut inner.spec.metadata;
+            if value.is_empty() {
+                labels.remove(&key);
+            } else if labels.len() >= LABELS && !labels.contains_key(&key) {
+                return Err(Error::Quota(format!("a sandbox has at most {LABELS} labels")));
+            } else {
+                labels.insert(key, value);
+            }
+            Ok(())
+        };
+        self.0.amend(&sandbox, change).await?;
         self.0.info(&id)
     }
 

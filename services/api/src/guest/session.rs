@@ -19,7 +19,7 @@ use tokio::time::Instant;
 use super::{
     ANSWER, ATTEMPTS, AgentStream, GuestError, Guests, Pulse, Wake, followers::Follower, stdin::Stdin,
 };
-use crate::touch::Activity;
+use pandastack_proxy::touch::Activity;
 
 /// How long a guest that runs may be out of reach.
 pub const REATTACH_FOR: Duration = Duration::from_secs(20);

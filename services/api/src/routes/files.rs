@@ -6,6 +6,7 @@ use bytes::Bytes;
 use futures_util::StreamExt;
 use http::{HeaderMap, StatusCode, header};
 use pandastack_protocol::{CHUNK, ClientError, Code, Entry, Failure, Request};
+use pandastack_proxy::touch::Activity;
 use serde::Serialize;
 use utoipa::{IntoParams, ToSchema};
 use warp::{Filter, Reply, filters::BoxedFilter, reply::Response};
@@ -16,7 +17,6 @@ use crate::{
     guest::{Greeted, GuestError, PART, Wake},
     input::{Input, linger},
     problem::Problem,
-    touch::Activity,
     wire::Error,
 };
 

@@ -18,7 +18,10 @@ pub mod mcp;
 pub mod me;
 pub mod meta;
 pub mod orgs;
+pub mod ports;
+pub mod previews;
 pub mod promote;
+pub mod proxy;
 pub mod quotas;
 pub mod repl;
 pub mod sandboxes;
@@ -88,6 +91,12 @@ pub fn all(app: &Arc<App>) -> BoxedFilter<(Response,)> {
         .or(usage::routes(app))
         .unify()
         .or(volumes::routes(app))
+        .unify()
+        .or(proxy::routes(app))
+        .unify()
+        .or(ports::routes(app))
+        .unify()
+        .or(previews::routes(app))
         .unify()
         .or(templates::routes(app))
         .unify()

@@ -2,6 +2,7 @@
 //! guest, behind relays that a test can cut.
 #![allow(dead_code)]
 
+mod edge;
 mod storage;
 mod vmm;
 
@@ -11,6 +12,7 @@ use std::{
     sync::{Arc, atomic::AtomicUsize},
 };
 
+pub use edge::FakeEdge;
 use pandastack_api::{
     app::App,
     audit::Audit,
@@ -34,6 +36,7 @@ pub struct Appliance {
     pub vmm: Arc<FakeVmm>,
     pub storage: Arc<FakeStorage>,
     pub shelf: Arc<Shelf>,
+    pub edge: Arc<FakeEdge>,
     pub app: Arc<App>,
     pub daemons: zbus::Connection,
     _state: tempfile::TempDir,
@@ -50,6 +53,7 @@ impl Appliance {
         let shelf = Arc::<Shelf>::default();
         let vmm = FakeVmm::new(Arc::clone(&shelf));
         let storage = Arc::new(FakeStorage { asked: AtomicUsize::new(0), shelf: Arc::clone(&shelf) });
+        let edge = Arc::<FakeEdge>::default();
         let (one, two) = StdUnixStream::pair().unwrap();
         let guid = zbus::Guid::generate();
         let (daemons, bus) = tokio::join!(
@@ -57,6 +61,7 @@ impl Appliance {
                 .server(guid)
                 .p2p()
                 .serve_at(pandastack_bus::vmm::PATH, Vmm(Arc::clone(&vmm)))
+                .serve_at(pandastack_bus::edge::PATH, pandastack_bus::edge::Edge(Arc::clone(&edge)))
                 .serve_at(pandastack_bus::storage::PATH, Storage(Arc::clone(&storage)))
                 .build(),
             zbus::connection::Builder::unix_stream(two).p2p().build(),
@@ -73,7 +78,7 @@ impl Appliance {
         let listener = TcpListener::bind(address).await.unwrap();
         let address = listener.local_addr().unwrap();
         tokio::spawn(listener::serve(listener, gate, std::future::pending()));
-        Self { address, vmm, storage, shelf, app, daemons, _state: state }
+        Self { address, vmm, storage, shelf, edge, app, daemons, _state: state }
     }
     /// The token of another workspace, and its public name.
     pub async fn other_workspace(&self) -> (String, String) {

@@ -277,6 +277,14 @@ impl VmmBackend for FakeVmm {
         self.change(&id, |info| info.persistent = persistent)
     }
 
+    async fn set_label(&self, id: String, key: String, value: String) -> Result<SandboxInfo> {
+        self.fail()?;
+        self.change(&id, |info| match value.is_empty() {
+            true => drop(info.metadata.remove(&key)),
+            false => drop(info.metadata.insert(key, value)),
+        })
+    }
+
     async fn touch(&self, ids: Vec<String>) -> Result<()> {
         self.touched.lock().unwrap().extend(ids);
         Ok(())

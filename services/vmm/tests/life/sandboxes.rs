@@ -76,6 +76,32 @@ async fn one_request_makes_one_sandbox_however_often_it_comes() {
 }
 
 #[tokio::test]
+async fn labels_that_are_set_later_are_durable_and_bounded() {
+    let (world, directory) = (Fake::new(), tempfile::tempdir().unwrap());
+    let (daemon, _told) = open(&world, directory.path());
+    let backend = Backend(Arc::clone(&daemon));
+    let id = backend.create("r".into(), spec(false)).await.unwrap().id;
+    let set = |backend: &Backend<Fake>, key: &str, value: &str| {
+        backend.set_label(id.clone(), key.to_owned(), value.to_owned())
+    };
+    assert_eq!(set(&backend, "port.80", "web").await.unwrap().metadata["port.80"], "web");
+    set(&backend, "port.81", "x").await.unwrap();
+    assert!(!set(&backend, "port.81", "").await.unwrap().metadata.contains_key("port.81"));
+    assert!(matches!(set(&backend, "", "x").await, Err(Error::InvalidArgument(_))));
+    assert!(matches!(set(&backend, "a", &"x".repeat(257)).await, Err(Error::InvalidArgument(_))));
+    drop((backend, daemon));
+
+    let backend = Backend(started(&world, directory.path()).await);
+    assert_eq!(backend.get(id.clone()).await.unwrap().metadata["port.80"], "web");
+    assert_eq!(backend.create("r".into(), spec(false)).await.unwrap().id, id, "labels are not the request");
+    let mut last = Ok(());
+    for port in 0..200 {
+        last = set(&backend, &format!("port.{port}"), "x").await.map(drop);
+    }
+    assert!(matches!(last, Err(Error::Quota(_))), "{last:?}");
+}
+
+#[tokio::test]
 async fn a_caller_that_goes_away_changes_nothing() {
     let (world, directory) = (Fake::new(), tempfile::tempdir().unwrap());
     world.slow.store(true, Ordering::Relaxed);
