@@ -24,7 +24,9 @@ def map_query(context, query):
 @schemathesis.check
 def refusals_have_their_form(ctx, response, case):
     status = response.status_code
-    assert status not in (500, 501, 502, 505), f"{status}: {response.text[:300]}"
+    # Nothing listens on a port that was made up, and the contract has a word for that.
+    nobody = "/proxy/" in case.path and status == 502 and response.json()["error"].startswith("upstream: ")
+    assert nobody or status not in (500, 501, 502, 505), f"{status}: {response.text[:300]}"
     if status == 503:
         assert "retry-after" in response.headers, "503 without Retry-After"
     if status >= 400:

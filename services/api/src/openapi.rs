@@ -146,6 +146,20 @@ impl Modify for Common {
             let foreign = crate::table::ROUTES
                 .iter()
                 .any(|route| route.method == ANY && documented(route.template) == *path);
+            if foreign {
+                // One function serves every method; each operation needs a name of its own.
+                for (method, operation) in [
+                    ("get", &mut item.get),
+                    ("put", &mut item.put),
+                    ("post", &mut item.post),
+                    ("patch", &mut item.patch),
+                    ("delete", &mut item.delete),
+                ] {
+                    if let Some(operation) = operation {
+                        operation.operation_id = Some(format!("proxy_{method}"));
+                    }
+                }
+            }
             if foreign
                 || crate::table::ROUTES
                     .iter()
@@ -224,6 +238,18 @@ mod tests {
         written.sort();
         served.sort();
         assert_eq!(written, served);
+    }
+
+    #[test]
+    fn every_operation_has_a_name_of_its_own() {
+        let document = serde_json::to_value(document()).unwrap();
+        let paths = document["paths"].as_object().unwrap().values();
+        let all: Vec<&str> = paths
+            .flat_map(|item| item.as_object().unwrap().values())
+            .map(|operation| operation["operationId"].as_str().unwrap())
+            .collect();
+        let different: std::collections::BTreeSet<&str> = all.iter().copied().collect();
+        assert_eq!(all.len(), different.len());
     }
 
     #[test]

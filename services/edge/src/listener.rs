@@ -2,7 +2,16 @@
 //!
 //! Owns: the accept loop, limits of connections, heads and time. Refuses to know: what is asked on them.
 
-use std::{convert::Infallible, io, net::IpAddr, sync::Arc, time::Duration};
+use std::{
+    convert::Infallible,
+    io,
+    net::IpAddr,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
 
 use hyper::{body::Incoming, service::service_fn};
 use hyper_util::{
@@ -29,8 +38,8 @@ const STREAMS: u32 = 64;
 /// How long a client of HTTP/2 may be silent before it is asked whether it is there, and for its answer.
 const PING: Duration = Duration::from_secs(60);
 const PONG: Duration = Duration::from_secs(20);
-/// How long a client may take for the handshake of TLS.
-const HANDSHAKE: Duration = Duration::from_secs(10);
+/// How long a new connection may take for its first head, the handshake of TLS included: nothing is owed to who never asks.
+const FIRST_HEAD: Duration = Duration::from_secs(15);
 /// How long requests may go on after the end was announced.
 const DRAIN: Duration = Duration::from_secs(5);
 
@@ -47,15 +56,23 @@ pub async fn serve(
     while let Some((stream, peer, slot)) = accepted(&listener, &slots, &mut stop).await {
         let (router, tls, watcher) = (Arc::clone(&router), tls.clone(), graceful.watcher());
         tokio::spawn(async move {
-            let ended = match tls {
-                None => watcher.watch(http(stream, router, Client { peer, scheme: "http" })).await,
-                Some(tls) => match tokio::time::timeout(HANDSHAKE, tls.accept(stream)).await {
-                    Ok(Ok(stream)) => {
-                        watcher.watch(http(stream, router, Client { peer, scheme: "https" })).await
+            let asked = Arc::new(AtomicBool::new(false));
+            let served = async {
+                match tls {
+                    None => {
+                        let client = Client { peer, scheme: "http" };
+                        watcher.watch(http(stream, router, client, Arc::clone(&asked))).await
                     }
-                    Ok(Err(error)) => Err(error.into()),
-                    Err(_) => Err("no handshake in time".into()),
-                },
+                    Some(tls) => {
+                        let client = Client { peer, scheme: "https" };
+                        let stream = tls.accept(stream).await?;
+                        watcher.watch(http(stream, router, client, Arc::clone(&asked))).await
+                    }
+                }
+            };
+            let ended = tokio::select! {
+                ended = served => ended,
+                () = never_asks(&asked) => Err("it asked nothing in time".into()),
             };
             if let Err(error) = ended {
                 tracing::debug!(%error, "connection ended");
@@ -106,11 +123,13 @@ fn http<S>(
     stream: S,
     router: Arc<Router>,
     client: Client,
+    asked: Arc<AtomicBool>,
 ) -> impl hyper_util::server::graceful::GracefulConnection<Error = Box<dyn std::error::Error + Send + Sync>> + Send
 where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
     let service = service_fn(move |request: hyper::Request<Incoming>| {
+        asked.store(true, Ordering::Relaxed);
         let router = Arc::clone(&router);
         async move { Ok::<_, Infallible>(router.answer(request, client).await) }
     });
@@ -123,4 +142,26 @@ where
         .keep_alive_interval(PING)
         .keep_alive_timeout(PONG);
     http.serve_connection_with_upgrades(TokioIo::new(stream), service).into_owned()
+}
+
+/// Completes when the first head did not come in time.
+async fn never_asks(asked: &AtomicBool) {
+    tokio::time::sleep(FIRST_HEAD).await;
+    if asked.load(Ordering::Relaxed) {
+        std::future::pending::<()>().await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn only_a_connection_that_never_asked_ends_early() {
+        let start = tokio::time::Instant::now();
+        never_asks(&AtomicBool::new(false)).await;
+        assert_eq!(start.elapsed(), FIRST_HEAD);
+        let asked = AtomicBool::new(true);
+        assert!(tokio::time::timeout(2 * FIRST_HEAD, never_asks(&asked)).await.is_err());
+    }
 }

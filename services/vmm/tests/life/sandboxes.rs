@@ -14,7 +14,7 @@ use tokio::time::timeout;
 
 use crate::{
     daemon::{clean, eventually, open, reopened, spec, started},
-    fakes::Fake,
+    fakes::{Fake, Handle},
 };
 
 #[tokio::test]
@@ -81,8 +81,8 @@ async fn labels_that_are_set_later_are_durable_and_bounded() {
     let (daemon, _told) = open(&world, directory.path());
     let backend = Backend(Arc::clone(&daemon));
     let id = backend.create("r".into(), spec(false)).await.unwrap().id;
-    let set = |backend: &Backend<Fake>, key: &str, value: &str| {
-        backend.set_label(id.clone(), key.to_owned(), value.to_owned())
+    let set = async |backend: &Backend<Handle>, key: &str, value: &str| {
+        backend.set_label(id.clone(), key.to_owned(), value.to_owned()).await
     };
     assert_eq!(set(&backend, "port.80", "web").await.unwrap().metadata["port.80"], "web");
     set(&backend, "port.81", "x").await.unwrap();
