@@ -266,7 +266,7 @@ mod tests {
             headers.insert("last-event-id", http::HeaderValue::from_str(header).unwrap());
         }
         wishes(&Input {
-            caller: crate::auth::Caller { workspace: String::new(), prefix: String::new() },
+            caller: crate::auth::Caller::default(),
             request_id: String::new(),
             query: query.into(),
             headers,

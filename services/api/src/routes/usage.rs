@@ -153,7 +153,7 @@ mod tests {
 
     fn asked(query: &str) -> Result<Span, Problem> {
         let input = Input {
-            caller: crate::auth::Caller { workspace: String::new(), prefix: String::new() },
+            caller: crate::auth::Caller::default(),
             request_id: String::new(),
             query: query.into(),
             headers: http::HeaderMap::new(),
