@@ -38,8 +38,9 @@ use crate::{
 pub const WHOLE: Duration = Duration::from_secs(25);
 /// Of this, a template that is still being baked may take so much.
 const BAKE_WAIT: Duration = Duration::from_secs(20);
-/// A create whose turn comes with less than this left is refused: a restore takes a part of it, on a busy machine, too.
-const LEAST: Duration = Duration::from_secs(5);
+/// A create whose turn comes with less than this left is refused. Its restore may take as much longer as its caller waits:
+/// the clients do for 30 s.
+const LEAST: Duration = Duration::from_secs(2);
 /// Slots tried for one request.
 const ATTEMPTS: usize = 2;
 /// Longest name of a request, bytes.
