@@ -34,7 +34,7 @@ use crate::{
     volumes,
 };
 
-/// A create answers within this, before its caller stops to wait.
+/// A create has a slot within this; what is left is its restore, and its caller waits for some seconds more.
 pub const WHOLE: Duration = Duration::from_secs(25);
 /// Of this, a template that is still being baked may take so much.
 const BAKE_WAIT: Duration = Duration::from_secs(20);
