@@ -3,6 +3,8 @@
 
 CACHE := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/pandastack
 export CARGO_TARGET_DIR ?= $(CACHE)/target
+# Gigabytes that a build from scratch does not need.
+export CARGO_INCREMENTAL ?= 0
 GUEST_TARGET := $(CACHE)/target-guest
 GUEST_INIT := $(GUEST_TARGET)/x86_64-unknown-linux-gnu/guest/guest-init
 APPLIANCE := $(CARGO_TARGET_DIR)/release/appliance

@@ -108,6 +108,8 @@ fn main() -> ExitCode {
                 eprintln!("  {name}: {:.0} s", started.elapsed().as_secs_f64());
                 outcome.map_err(|error| {
                     fixture.explain(name);
+                    // What it left behind would fail the next one for it.
+                    let _ = fixture.api().and_then(|api| api.delete_all());
                     Failed::from(format!("{error:#}"))
                 })
             })

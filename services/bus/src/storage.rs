@@ -15,6 +15,10 @@ pub const NAME: &str = "ai.pandastack.storage1";
 /// Its only object.
 pub const PATH: &str = "/ai/pandastack/storage1";
 
+/// What machines are configured with before they boot, as 16 hexadecimal digits of its SHA-256: vmm's test says when it changed,
+/// and what it is then. It is in the key of every bake, because a restored machine has the configuration it was baked with.
+pub const MACHINE_FORM: &str = "da227512df717fd7";
+
 /// How far a template is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, Type)]
 #[zvariant(signature = "s")]

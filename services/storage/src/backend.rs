@@ -57,7 +57,7 @@ impl StorageBackend for Manager {
     }
 
     async fn release(&self, id: String) -> bus::Result<bool> {
-        self.with(&id, "release", |inner, id| inner.place.remove(&inner.place.layout.sandbox(id))).await
+        self.with(&id, "release", |inner, id| sandbox::release(&inner.place, id)).await
     }
 
     async fn begin_capture(&self, id: String) -> bus::Result<CaptureKind> {

@@ -10,6 +10,7 @@ use std::{
     time::{SystemTime, UNIX_EPOCH},
 };
 
+use pandastack_bus::storage::MACHINE_FORM;
 use pandastack_daemon::files;
 use serde::{Deserialize, Serialize};
 
@@ -36,6 +37,8 @@ pub struct Key {
     pub template: Digest,
     /// This machine's processor.
     pub processor: Digest,
+    /// Configuration of the machine, [`MACHINE_FORM`].
+    pub machine: String,
 }
 
 /// Name of a bake: 32 hexadecimal digits, the same for the same [`Key`].
@@ -62,13 +65,16 @@ impl Key {
             initrd: artefacts.initrd.clone(),
             template: Digest::of_parts(&[disk.as_str().as_bytes(), description.as_bytes()]),
             processor: processor.clone(),
+            machine: MACHINE_FORM.to_owned(),
         }
     }
 
     /// The name of its bake.
     pub fn id(&self) -> BakeId {
-        let parts = [&self.firecracker, &self.vmlinux, &self.initrd, &self.template, &self.processor];
-        BakeId::from(&Digest::of_parts(&parts.map(|part| part.as_str().as_bytes())))
+        let digests = [&self.firecracker, &self.vmlinux, &self.initrd, &self.template, &self.processor];
+        let mut parts = digests.map(|digest| digest.as_str().as_bytes()).to_vec();
+        parts.push(self.machine.as_bytes());
+        BakeId::from(&Digest::of_parts(&parts))
     }
 }
 
@@ -103,7 +109,7 @@ pub fn present(layout: &Layout, name: &TemplateName, key: &Key) -> bool {
 pub fn collect(place: &Place, sandbox: &Path, key: &Key) -> Result<Staged> {
     let staged = place.stage("bake")?;
     for name in FILES {
-        link_sealed(&sandbox.join(name), &staged.path().join(name))?;
+        link_sealed(&sandbox.join(name), &staged.path().join(name), true)?;
     }
     let manifest = Manifest { version: VERSION, key: key.clone(), created_unix_ms: now_unix_ms() };
     write_manifest(staged.path(), &manifest)?;

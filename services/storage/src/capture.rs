@@ -13,7 +13,8 @@
 //! Nothing of this is held in memory, and `c.*` files stay when the daemon starts: a capture goes on when only this
 //! daemon was started again. What nobody goes on with vanishes with the next begin, a cold boot or the release.
 //!
-//! Firecracker may write to `c.mem`, `c.state` and the disks, and nowhere else: the directory is closed to it.
+//! Firecracker may write to `c.mem`, `c.state` and the disks, or to a difference in memory instead of `c.mem`, and nowhere
+//! else: the directories are closed to it.
 
 use std::{
     collections::BTreeMap,
@@ -28,7 +29,7 @@ use pandastack_bus::{SandboxId, storage::CaptureKind};
 use pandastack_daemon::files;
 
 use crate::{
-    drive,
+    difference, drive,
     error::{At, Result, StorageError},
     identity::Digest,
     layout::{self, captured},
@@ -45,7 +46,7 @@ const STATE_LIMIT: u64 = 16 << 20;
 /// What was collected.
 #[derive(Debug)]
 pub struct Collected {
-    /// The files, sealed and durable.
+    /// The files, sealed.
     pub staged: Staged,
     /// Each with its length, bytes.
     pub files: BTreeMap<String, u64>,
@@ -64,7 +65,7 @@ pub fn begin(place: &Place, id: &SandboxId) -> Result<CaptureKind> {
         return Err(StorageError::WrongState(format!("sandbox {id} has no root disk")));
     };
     place.admit()?;
-    clear(&folder)?;
+    clear(place, id, &folder)?;
     // What is written here is not written while the processors stand still.
     root.sync_data().at(&folder)?;
     for name in layout::WRITABLE {
@@ -74,12 +75,12 @@ pub fn begin(place: &Place, id: &SandboxId) -> Result<CaptureKind> {
         }
     }
     let base = folder.join(layout::MEM);
-    let begun = prepare(place, &folder, &base).and_then(|kind| {
+    let begun = prepare(place, id, &folder, &base).and_then(|kind| {
         unlink(&base)?;
         files::sync_dir(&folder).at(&folder)?;
         Ok(kind)
     });
-    begun.inspect_err(|_| clear_or_log(&folder))
+    begun.inspect_err(|_| clear_or_log(place, id, &folder))
 }
 
 /// Shares the blocks of the root disk and of the drives while the processors stand still.
@@ -110,24 +111,34 @@ pub fn disks(place: &Place, id: &SandboxId, volumes: bool) -> Result<()> {
     Ok(())
 }
 
-/// Seals what was captured of a machine with `memory_mib` and collects it, durably. Its memory stays where it is, too.
+/// Seals what was captured of a machine with `memory_mib` and collects it. Its memory stays where it is, too.
+///
+/// Not `durable`, a power cut may tear it: what it is for is gone then, too.
 ///
 /// # Errors
-/// [`StorageError::WrongState`] when the capture is not complete.
-pub fn collect(place: &Place, folder: &Path, memory_mib: u64) -> Result<Collected> {
+/// [`StorageError::WrongState`] when the capture is not complete; [`StorageError::NoSpace`].
+pub fn collect(
+    place: &Place,
+    id: &SandboxId,
+    folder: &Path,
+    memory_mib: u64,
+    durable: bool,
+) -> Result<Collected> {
     let staged = place.stage("snapshot")?;
     let mut files = BTreeMap::new();
     let memory = folder.join(captured(layout::MEM));
-    if Some(open_written(&memory)?.metadata().at(&memory)?.len()) != memory_mib.checked_mul(1 << 20) {
+    let bytes = memory_mib.saturating_mul(1 << 20);
+    difference::lay_over(place, id, &memory, bytes)?;
+    if open_written(&memory)?.metadata().at(&memory)?.len() != bytes {
         return Err(StorageError::WrongState(format!(
             "the capture is not complete: its memory does not have {memory_mib} MiB"
         )));
     }
-    let state = collect_state(place, folder, staged.path())?;
+    let state = collect_state(place, folder, staged.path(), durable)?;
     let others = layout::drives().filter(|name| exists(&folder.join(captured(name))));
     for name in [layout::MEM, layout::ROOT].into_iter().chain(others) {
         let to = staged.path().join(name);
-        link_sealed(&folder.join(captured(name)), &to)?;
+        link_sealed(&folder.join(captured(name)), &to, durable)?;
         files.insert(name.to_owned(), fs::symlink_metadata(&to).at(&to)?.len());
     }
     files.insert(layout::STATE.to_owned(), state.1);
@@ -148,7 +159,7 @@ pub fn settle(place: &Place, id: &SandboxId, snapshot: &Path) -> Result<()> {
     }
     let target = folder.join(layout::MEM);
     fs::rename(&memory, &target).at(&target)?;
-    clear(&folder)?;
+    clear(place, id, &folder)?;
     files::sync_dir(&folder).at(&folder)
 }
 
@@ -161,15 +172,16 @@ pub fn abort(place: &Place, id: &SandboxId) -> Result<()> {
     if !exists(&folder) {
         return Ok(());
     }
-    clear(&folder)?;
+    clear(place, id, &folder)?;
     files::sync_dir(&folder).at(&folder)
 }
 
-/// Removes the files of an unfinished capture from a directory.
+/// Removes the files of an unfinished capture of a sandbox from its directory and from memory.
 ///
 /// # Errors
 /// One cannot be removed.
-pub fn clear(folder: &Path) -> Result<()> {
+pub fn clear(place: &Place, id: &SandboxId, folder: &Path) -> Result<()> {
+    difference::clear(place, id)?;
     let prefix = captured("");
     for path in children(folder)? {
         if path.file_name().is_some_and(|name| name.as_encoded_bytes().starts_with(prefix.as_bytes())) {
@@ -179,17 +191,18 @@ pub fn clear(folder: &Path) -> Result<()> {
     Ok(())
 }
 
-fn clear_or_log(folder: &Path) {
-    if let Err(error) = clear(folder) {
+fn clear_or_log(place: &Place, id: &SandboxId, folder: &Path) {
+    if let Err(error) = clear(place, id, folder) {
         tracing::error!("a capture leaves files behind: {}", pandastack_daemon::chain(&error));
     }
 }
 
-fn prepare(place: &Place, folder: &Path, base: &Path) -> Result<CaptureKind> {
+fn prepare(place: &Place, id: &SandboxId, folder: &Path, base: &Path) -> Result<CaptureKind> {
     let memory = folder.join(captured(layout::MEM));
     let kind = if is_base(base) {
         clone_file(base, &memory, 0o600)?;
         resident::follow(base, &memory);
+        difference::make(place, id)?;
         CaptureKind::Diff
     } else {
         create(&memory, 0o600)?;
@@ -214,7 +227,7 @@ fn is_base(path: &Path) -> bool {
 }
 
 /// Copies the state, so that Firecracker, which may still have its own file open, cannot change what was hashed.
-fn collect_state(place: &Place, folder: &Path, staged: &Path) -> Result<(Digest, u64)> {
+fn collect_state(place: &Place, folder: &Path, staged: &Path, durable: bool) -> Result<(Digest, u64)> {
     let (from, to) = (folder.join(captured(layout::STATE)), staged.join(layout::STATE));
     let mut bytes = Vec::new();
     open_written(&from)?.take(STATE_LIMIT + 1).read_to_end(&mut bytes).at(&from)?;
@@ -224,6 +237,8 @@ fn collect_state(place: &Place, folder: &Path, staged: &Path) -> Result<(Digest,
     let mut file = create(&to, 0o600)?;
     file.write_all(&bytes).at(&to)?;
     place.share(&to, SEALED)?;
-    file.sync_all().at(&to)?;
+    if durable {
+        file.sync_all().at(&to)?;
+    }
     Ok((Digest::of(&bytes), bytes.len() as u64))
 }

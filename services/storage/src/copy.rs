@@ -56,8 +56,21 @@ fn grains(ranges: &[Range<u64>], length: u64) -> Vec<Range<u64>> {
     joined
 }
 
-/// The first part of `range` that is not a hole, widened to whole grains; `None` when the rest is one.
+/// The first part of `range` that is not a hole, widened to whole grains; `None` when the rest is one. All of it where the file
+/// system does not tell.
 pub(crate) fn next_data(file: &File, range: Range<u64>) -> io::Result<Option<Range<u64>>> {
+    let Ok(found) = data(file, range.clone()) else { return Ok(Some(range)) };
+    Ok(found.map(|found| {
+        let start = (found.start / GRAIN * GRAIN).max(range.start);
+        start..found.end.next_multiple_of(GRAIN).min(range.end)
+    }))
+}
+
+/// The first part of `range` that is not a hole, exactly; `None` when the rest is one.
+///
+/// # Errors
+/// The file system does not tell holes from data.
+pub(crate) fn data(file: &File, range: Range<u64>) -> io::Result<Option<Range<u64>>> {
     if range.is_empty() {
         return Ok(None);
     }
@@ -65,14 +78,13 @@ pub(crate) fn next_data(file: &File, range: Range<u64>) -> io::Result<Option<Ran
     let start = match lseek(file, signed(range.start)?, Whence::SeekData) {
         Ok(start) => start.unsigned_abs(),
         Err(Errno::ENXIO) => return Ok(None),
-        Err(_) => return Ok(Some(range)),
+        Err(error) => return Err(error.into()),
     };
     if start >= range.end {
         return Ok(None);
     }
-    let end = lseek(file, signed(start)?, Whence::SeekHole).map_or(range.end, i64::unsigned_abs);
-    let start = (start / GRAIN * GRAIN).max(range.start);
-    Ok(Some(start..end.next_multiple_of(GRAIN).min(range.end)))
+    let end = lseek(file, signed(start)?, Whence::SeekHole)?.unsigned_abs();
+    Ok(Some(start..end.min(range.end)))
 }
 
 /// Writes the grains of `bytes` that are not all zero, neighbours in one call. Answers the bytes written.

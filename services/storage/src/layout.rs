@@ -15,6 +15,8 @@
 //!   <state>/manifest.key                         what manifests of snapshots are authenticated with
 //!   <state>/staging/                             everything that is not finished; emptied at start
 //!   <state>/trash/                               everything that is on its way out; emptied at start
+//!   <differences>/<id>/                          what its unit sees as /vm/d, in memory: mem, a difference that is not laid over
+//!                                                its base yet
 //! ```
 
 use std::path::{Path, PathBuf};
@@ -25,6 +27,8 @@ use crate::{bake::BakeId, identity::Digest, template::TemplateName};
 
 /// Directory of a sandbox that Firecracker may write to.
 pub const SOCKETS: &str = "s";
+/// Where the unit of a sandbox has its directory of [`Layout::differences`].
+pub const DIFFERENCE: &str = "d";
 /// Root disk.
 pub const ROOT: &str = "root.img";
 /// Guest memory.
@@ -70,12 +74,13 @@ pub fn captured(name: &str) -> String {
 #[derive(Debug, Clone)]
 pub struct Layout {
     state: PathBuf,
+    differences: PathBuf,
 }
 
 impl Layout {
-    /// The layout below `state`.
-    pub fn new(state: &Path) -> Self {
-        Self { state: state.to_owned() }
+    /// The layout below `state`, with a directory in memory for differences.
+    pub fn new(state: &Path, differences: &Path) -> Self {
+        Self { state: state.to_owned(), differences: differences.to_owned() }
     }
 
     /// The state directory itself.
@@ -131,6 +136,16 @@ impl Layout {
     /// One sandbox directory.
     pub fn sandbox(&self, id: &SandboxId) -> PathBuf {
         self.sandboxes().join(id.as_str())
+    }
+
+    /// Parent of all differences.
+    pub fn differences(&self) -> PathBuf {
+        self.differences.clone()
+    }
+
+    /// That of one sandbox.
+    pub fn difference(&self, id: &SandboxId) -> PathBuf {
+        self.differences.join(id.as_str())
     }
 
     /// Parent of all snapshots.
@@ -241,14 +256,14 @@ mod tests {
     proptest! {
         #[test]
         fn no_name_of_anyone_leaves_its_directory(text in ".{0,70}", number in any::<u64>()) {
-            let layout = Layout::new(Path::new("/state"));
+            let layout = Layout::new(Path::new("/state"), Path::new("/differences"));
             let mut paths = vec![layout.staged("x", number)];
             if let Ok(name) = text.parse::<TemplateName>() {
                 paths.extend([layout.template(&name), layout.disk(&name), Sources::default().template(&name)]);
                 prop_assert_eq!(layout.template(&name).parent().map(Path::to_owned), Some(layout.templates()));
             }
             if let Ok(id) = text.parse::<SandboxId>() {
-                paths.extend([layout.sandbox(&id), layout.snapshot(&id), layout.volume(&id), layout.hold(&id)]);
+                paths.extend([layout.sandbox(&id), layout.snapshot(&id), layout.volume(&id), layout.hold(&id), layout.difference(&id)]);
             }
             if let Ok(digest) = text.parse::<Digest>() {
                 paths.push(layout.artefact(&digest));
@@ -262,7 +277,7 @@ mod tests {
 
     #[test]
     fn everything_is_below_the_state_directory() {
-        let layout = Layout::new(Path::new("/state"));
+        let layout = Layout::new(Path::new("/state"), Path::new("/differences"));
         let name = "base".parse().unwrap();
         let bake = BakeId::from(&Digest::of(b"x"));
         for path in [

@@ -12,6 +12,7 @@ pub mod backend;
 pub mod bake;
 pub mod capture;
 pub mod copy;
+pub mod difference;
 pub mod drive;
 pub mod error;
 pub mod ext4;

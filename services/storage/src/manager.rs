@@ -21,13 +21,13 @@ use tokio::sync::broadcast;
 
 use crate::{
     artefact::Artefacts,
-    drive,
+    difference, drive,
     error::{At, Result, StorageError},
     gc,
     identity::{self, Digest},
     import,
     keyed::{Keyed, Turn},
-    layout::Sources,
+    layout::{Layout, Sources},
     mac::Signer,
     place::{Place, children},
     progress::Entry,
@@ -47,6 +47,8 @@ const REST: u32 = 3;
 pub struct Config {
     /// State directory on XFS.
     pub state: PathBuf,
+    /// Directory on a tmpfs for the differences of captures.
+    pub differences: PathBuf,
     /// What the image brings.
     pub sources: Sources,
     /// Group of what Firecracker and vmm may touch; `None` leaves our own.
@@ -83,7 +85,7 @@ impl Manager {
     /// # Errors
     /// The file system cannot share blocks, the image lacks Firecracker or a kernel, or the directory is not ours.
     pub fn open(config: Config) -> Result<Self> {
-        let place = Place::open(&config.state, config.group)?;
+        let place = Place::open(Layout::new(&config.state, &config.differences), config.group)?;
         let artefacts = Artefacts::import(&place, &config.sources)?;
         let catalogue = template::read_catalogue(&config.sources.templates).unwrap_or_else(|error| {
             tracing::error!("{}: no templates: {error}", config.sources.templates.display());
@@ -115,6 +117,7 @@ impl Manager {
             }
         }
         inner.collect_garbage()?;
+        difference::collect(&inner.place)?;
         Ok(Self { inner: Arc::new(inner) })
     }
 

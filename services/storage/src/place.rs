@@ -46,13 +46,14 @@ pub struct Staged {
 }
 
 impl Place {
-    /// Makes what is missing below `state`, empties staging and trash, and tries a reflink.
+    /// Makes what is missing of the layout, empties staging and trash, and tries a reflink.
     ///
     /// # Errors
     /// [`StorageError::NoReflink`], or the folders cannot be made. What cannot be emptied is only logged.
-    pub fn open(state: &Path, group: Option<Gid>) -> Result<Self> {
-        let place = Self { layout: Layout::new(state), group, count: AtomicU64::new(0) };
+    pub fn open(layout: Layout, group: Option<Gid>) -> Result<Self> {
+        let place = Self { layout, group, count: AtomicU64::new(0) };
         let layout = &place.layout;
+        let state = layout.state();
         for folder in [
             layout.artefacts(),
             layout.templates(),
@@ -65,8 +66,10 @@ impl Place {
             make_folder(&folder, 0o700)?;
         }
         // vmm passes through to the sockets; nobody but us lists it or changes it.
-        make_folder(&layout.sandboxes(), 0o710)?;
-        place.share(&layout.sandboxes(), 0o710)?;
+        for folder in [layout.sandboxes(), layout.differences()] {
+            make_folder(&folder, 0o710)?;
+            place.share(&folder, 0o710)?;
+        }
         for folder in [layout.staging(), layout.trash()] {
             for path in children(&folder)? {
                 tracing::info!("{}: left over, removed", path.display());
@@ -260,14 +263,17 @@ pub fn open_written(path: &Path) -> Result<File> {
     })
 }
 
-/// Seals a file of ours, durably, and links it to `to`. Whoever has it open for writing keeps that.
+/// Seals a file of ours and links it to `to`, with `durable` when its content is on the disk. Whoever has it open for writing
+/// keeps that.
 ///
 /// # Errors
 /// As [`open_written`]; or `to` is there already.
-pub fn link_sealed(from: &Path, to: &Path) -> Result<()> {
+pub fn link_sealed(from: &Path, to: &Path, durable: bool) -> Result<()> {
     let file = open_written(from)?;
     file.set_permissions(Permissions::from_mode(SEALED)).at(from)?;
-    file.sync_all().at(from)?;
+    if durable {
+        file.sync_all().at(from)?;
+    }
     fs::hard_link(from, to).at(to)?;
     if inode(to)?.1 == file.metadata().at(from)?.ino() {
         Ok(())

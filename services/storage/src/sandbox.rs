@@ -22,7 +22,7 @@ use pandastack_daemon::files;
 
 use crate::{
     artefact::Artefacts,
-    capture, drive,
+    capture, difference, drive,
     error::{At, Result, StorageError},
     identity::Digest,
     layout::{self, Layout},
@@ -54,6 +54,7 @@ pub struct Content {
 pub fn prepare(place: &Place, id: &SandboxId, artefacts: &Artefacts) -> Result<bool> {
     let target = place.layout.sandbox(id);
     if exists(&target) {
+        difference::prepare(place, id, &target)?;
         return Ok(false);
     }
     let staged = place.stage(id.as_str())?;
@@ -63,6 +64,7 @@ pub fn prepare(place: &Place, id: &SandboxId, artefacts: &Artefacts) -> Result<b
     let program = place.layout.artefact(&artefacts.firecracker);
     fs::hard_link(&program, staged.path().join(layout::FIRECRACKER)).at(&program)?;
     drive::place_all(place, staged.path())?;
+    difference::prepare(place, id, staged.path())?;
     place.share(staged.path(), 0o750)?;
     // After a power cut no unit runs, so a directory without contents that is lost then is not missed.
     staged.commit_quickly(&target)?;
@@ -122,7 +124,8 @@ pub fn ensure_kernel(place: &Place, id: &SandboxId, artefacts: &Artefacts) -> Re
     for name in [layout::MEM, layout::STATE] {
         unlink(&folder.join(name))?;
     }
-    capture::clear(&folder)?;
+    capture::clear(place, id, &folder)?;
+    difference::prepare(place, id, &folder)?;
     drive::place_all(place, &folder)?;
     for (digest, name) in artefacts.named() {
         let (artefact, target) = (place.layout.artefact(digest), folder.join(name));
@@ -152,6 +155,16 @@ pub fn prepare_capture(place: &Place, id: &SandboxId) -> Result<()> {
         place.share(&path, 0o660)?;
     }
     Ok(())
+}
+
+/// Removes the directory, durably, and what is in memory for it. Goes on to the end. Answers whether it was there.
+///
+/// # Errors
+/// [`StorageError::Incomplete`], or it does not vanish.
+pub fn release(place: &Place, id: &SandboxId) -> Result<bool> {
+    let forgotten = difference::remove(place, id);
+    let there = place.remove(&place.layout.sandbox(id))?;
+    forgotten.map(|()| there)
 }
 
 /// The path of a directory that has to be there.

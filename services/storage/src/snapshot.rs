@@ -115,7 +115,9 @@ impl Snapshots {
         }
         let folder = sandbox::existing(&place.layout, id)?;
         let firecracker = artefact::adopt(place, &folder.join(layout::FIRECRACKER))?;
-        let collected = capture::collect(place, &folder, spec.memory_mib)?;
+        // A fork's children are machines that run: a power cut ends them, and no other copy is ever made of it.
+        let durable = spec.purpose != Purpose::Fork;
+        let collected = capture::collect(place, id, &folder, spec.memory_mib, durable)?;
         let capture::Collected { staged, files, state } = collected;
         let manifest = Manifest::new(spec, self.processor.clone(), firecracker, state, files);
         let found = self.publish(place, &name, manifest, staged)?;

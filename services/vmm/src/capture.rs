@@ -9,22 +9,25 @@
 //! ```
 //!
 //! A capture happens in the turn of its sandbox, so two of one sandbox never overlap. Its writes stay within the unit's
-//! limit: they are page cache, which is written back and given up again, and never memory of the guest.
+//! limit: they are page cache, which is written back and given up again, or a difference in memory that fits into what
+//! the unit and the host have left ([`held_fits`]).
 
 use std::{sync::Arc, time::Duration};
 
 use pandastack_bus::{
     Error, Result, SandboxId,
-    storage::{Purpose, SnapshotInfo, SnapshotSpec, StorageBackend},
+    storage::{CaptureKind, Purpose, SnapshotInfo, SnapshotSpec, StorageBackend},
     vmm::unknown_sandbox,
 };
 use tokio::time::{Instant, sleep};
 
 use crate::{
+    admission::{Host, reserve_mib},
+    effects::{limits, shape},
     machine::State,
     manager::Manager,
-    ports::{Guest, Hypervisor, World},
-    record::Record,
+    ports::{Guest, Hypervisor, Memory, Units as _, World},
+    record::{Record, Shape},
     sandbox::Sandbox,
 };
 
@@ -32,6 +35,8 @@ use crate::{
 const SYNC: Duration = Duration::from_secs(5);
 /// A commit flushes a whole memory, which may take longer than a reply may.
 const COMMIT: Duration = Duration::from_secs(240);
+/// What a unit may take beside its guest's memory and a difference of it, bytes: Firecracker itself, page tables, sockets.
+const HELD_MARGIN: u64 = 64 << 20;
 /// Pause before storage is asked again.
 const AGAIN: Duration = Duration::from_secs(1);
 
@@ -67,6 +72,17 @@ pub fn spec(record: &Record, id: &SandboxId, purpose: Purpose) -> Result<Snapsho
     })
 }
 
+/// Whether a difference can be written to memory, by a unit with this much memory of its own, which all that its guest changed is
+/// among, and this limit. What is beyond the limit would be the end of its process.
+fn held_fits(host: &Host, anonymous_bytes: u64, limit_bytes: u64) -> bool {
+    let inside = anonymous_bytes.saturating_mul(2).saturating_add(HELD_MARGIN) <= limit_bytes;
+    let wanted = reserve_mib(host.memory_total_mib)
+        .saturating_add(host.memory_pending_mib)
+        // Once more where it is laid over the base: page cache, but not yet written back.
+        .saturating_add(anonymous_bytes.saturating_mul(2) >> 20);
+    inside && wanted <= host.memory_available_mib
+}
+
 impl<W: World> Manager<W> {
     /// Captures a machine. Only for whoever has its sandbox's turn. With `resume` the processors go on as before; without,
     /// they stand still afterwards, also when it fails.
@@ -85,7 +101,8 @@ impl<W: World> Manager<W> {
         let volumes = clones || (!spec.volumes.is_empty() && spec.purpose != Purpose::Hibernation);
         let captured = async {
             let synced = start.elapsed();
-            let (unix_ms, paused) = self.take(machine, volumes, runs, resume).await?;
+            let shape = shape(record)?;
+            let (unix_ms, paused) = self.take(machine, shape, volumes, runs, resume).await?;
             let taken = start.elapsed();
             let info = self.commit_capture(machine, spec).await?;
             let ms = |time: Duration| time.as_millis() as u64;
@@ -108,6 +125,7 @@ impl<W: World> Manager<W> {
     async fn take(
         &self,
         machine: &SandboxId,
+        shape: &Shape,
         volumes: bool,
         runs: bool,
         resume: bool,
@@ -120,8 +138,14 @@ impl<W: World> Manager<W> {
                 hypervisor.pause(machine).await?;
             }
             let unix_ms = self.unix_ms();
-            hypervisor.write_capture(machine, kind).await?;
-            tracing::debug!(machine = %machine, ?kind, write_ms = start.elapsed().as_millis() as u64, "memory written");
+            // Nobody waits for one that does not go on, and its memory is not there twice.
+            let memory = match (kind, runs && resume) {
+                (CaptureKind::Diff, true) => self.held_or_stored(machine, shape).await,
+                _ => Memory::Stored,
+            };
+            hypervisor.write_capture(machine, kind, memory).await?;
+            let write_ms = start.elapsed().as_millis() as u64;
+            tracing::debug!(machine = %machine, ?kind, ?memory, write_ms, "memory written");
             storage.capture_disks(machine.to_string(), volumes).await?;
             Ok::<_, Error>(unix_ms)
         };
@@ -138,6 +162,15 @@ impl<W: World> Manager<W> {
         }
         let unix_ms = written?;
         resumed.map(|()| (unix_ms, paused))
+    }
+
+    /// Where the difference goes, now that the guest does not write any more.
+    async fn held_or_stored(&self, machine: &SandboxId, shape: &Shape) -> Memory {
+        let Some(anonymous) = self.world.units().anonymous(machine).await else { return Memory::Stored };
+        match self.host() {
+            Ok(host) if held_fits(&host, anonymous, limits(shape).memory_bytes) => Memory::Held,
+            _ => Memory::Stored,
+        }
     }
 
     /// The same commit again has the same outcome, so one whose reply got lost is repeated.
@@ -236,5 +269,51 @@ impl<W: World> Manager<W> {
             Err(Error::NotFound(_)) => Ok(None),
             Err(error) => Err(error),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn a_difference_in_memory_leaves_the_unit_and_the_host_what_they_need(
+            total in 0u64..1 << 20,
+            available in 0u64..1 << 20,
+            pending in 0u64..1 << 16,
+            anonymous in 0u64..1 << 36,
+            limit in 0u64..1 << 36,
+        ) {
+            let host = Host {
+                memory_total_mib: total,
+                memory_available_mib: available,
+                memory_pending_mib: pending,
+                disk_free_bytes: None,
+                disk_reserve_bytes: 0,
+            };
+            if held_fits(&host, anonymous, limit) {
+                prop_assert!(2 * anonymous < limit);
+                prop_assert!(((2 * anonymous) >> 20) + pending + reserve_mib(total) <= available);
+                prop_assert!(held_fits(&host, anonymous / 2, limit));
+            }
+        }
+    }
+
+    #[test]
+    fn a_nearly_idle_guest_is_captured_in_memory_and_a_full_one_is_not() {
+        let host = Host {
+            memory_total_mib: 8192,
+            memory_available_mib: 4096,
+            memory_pending_mib: 0,
+            disk_free_bytes: None,
+            disk_reserve_bytes: 0,
+        };
+
+        assert!(held_fits(&host, 60 << 20, 768 << 20));
+        assert!(!held_fits(&host, 400 << 20, 768 << 20));
+        assert!(!held_fits(&host, 1900 << 20, 4 << 30));
     }
 }

@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 use tokio::time::{Instant, sleep, timeout};
 
 use crate::{
-    ports::{Hypervisor, Machine},
+    ports::{Hypervisor, Machine, Memory},
     socket::{API, Sockets},
 };
 
@@ -215,8 +215,12 @@ impl Hypervisor for Firecracker {
         self.turn(id, "Resumed").await
     }
 
-    async fn write_capture(&self, id: &SandboxId, kind: CaptureKind) -> BusResult<()> {
-        self.write(id, kind, "/vm/c.state", "/vm/c.mem").await
+    async fn write_capture(&self, id: &SandboxId, kind: CaptureKind, memory: Memory) -> BusResult<()> {
+        let memory = match memory {
+            Memory::Stored => "/vm/c.mem",
+            Memory::Held => "/vm/d/mem",
+        };
+        self.write(id, kind, "/vm/c.state", memory).await
     }
 }
 

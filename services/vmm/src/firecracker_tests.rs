@@ -155,7 +155,7 @@ async fn a_capture_of_a_sandbox_goes_into_files_of_its_own() {
     let (_root, client, id, mut requests) = recorded(NO_CONTENT).await;
 
     client.pause(&id).await.unwrap();
-    client.write_capture(&id, CaptureKind::Full).await.unwrap();
+    client.write_capture(&id, CaptureKind::Full, Memory::Stored).await.unwrap();
     client.resume(&id).await.unwrap();
     client.renew_drive(&id, "r3").await.unwrap();
 
@@ -226,4 +226,18 @@ async fn silence_is_late() {
     let error = client.request(&id, Method::GET, "/", None, Duration::from_millis(50)).await.unwrap_err();
 
     assert!(matches!(error, FirecrackerError::Late(_) | FirecrackerError::Nonsense { .. }), "{error:?}");
+}
+
+#[test]
+fn bakes_are_named_by_the_configuration_that_is_booted() {
+    use sha2::{Digest as _, Sha256};
+    let all = format!("{:?}", configuration(Machine { vcpus: 2, memory_mib: 512 }));
+
+    let form: String = Sha256::digest(all).iter().take(8).map(|byte| format!("{byte:02x}")).collect();
+
+    assert_eq!(
+        pandastack_bus::storage::MACHINE_FORM,
+        form,
+        "write the new one there, and all is baked again"
+    );
 }

@@ -54,6 +54,8 @@ pub trait Units: Send + Sync + 'static {
     fn list(&self) -> impl Future<Output = Result<Vec<UnitState>>> + Send;
     /// What the unit has used so far; `None` when it does not run.
     fn usage(&self, id: &SandboxId) -> impl Future<Output = Option<Usage>> + Send;
+    /// Bytes of memory that are its own and in no file; `None` when it is not known. Whatever a guest wrote is among it.
+    fn anonymous(&self, id: &SandboxId) -> impl Future<Output = Option<u64>> + Send;
     /// What the process wrote, as text to be read from a pipe. The place is kept until that is over.
     fn console(
         &self,
@@ -74,6 +76,15 @@ pub struct Machine {
     pub memory_mib: u64,
 }
 
+/// Where the memory of a capture is written to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Memory {
+    /// `/vm/c.mem`, on the data partition.
+    Stored,
+    /// `/vm/d/mem`, in the host's memory: storage lays it over `/vm/c.mem` at the commit.
+    Held,
+}
+
 /// What Firecracker does for us.
 pub trait Hypervisor: Send + Sync + 'static {
     /// Waits until the process takes orders.
@@ -92,8 +103,13 @@ pub trait Hypervisor: Send + Sync + 'static {
     fn pause(&self, id: &SandboxId) -> impl Future<Output = Result<()>> + Send;
     /// Lets the processors go on.
     fn resume(&self, id: &SandboxId) -> impl Future<Output = Result<()>> + Send;
-    /// Writes `/vm/c.mem` and `/vm/c.state`. The processors must stand still.
-    fn write_capture(&self, id: &SandboxId, kind: CaptureKind) -> impl Future<Output = Result<()>> + Send;
+    /// Writes the memory there and `/vm/c.state`. The processors must stand still.
+    fn write_capture(
+        &self,
+        id: &SandboxId,
+        kind: CaptureKind,
+        memory: Memory,
+    ) -> impl Future<Output = Result<()>> + Send;
 }
 
 /// Who a guest shall be.

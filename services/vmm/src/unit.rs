@@ -174,6 +174,12 @@ impl Units for SystemdUnits {
         read.await.ok().flatten()
     }
 
+    async fn anonymous(&self, id: &SandboxId) -> Option<u64> {
+        let path = Path::new(CGROUPS).join(unit_name(id)).join("memory.stat");
+        let text = tokio::task::spawn_blocking(move || std::fs::read_to_string(path)).await.ok()?.ok()?;
+        text.lines().find_map(|line| line.strip_prefix("anon ")?.trim().parse().ok())
+    }
+
     async fn console(&self, id: &SandboxId, wanted: Wanted, place: Place) -> Result<OwnedFd> {
         let (reader, child) = console::read(&unit_name(id), id, wanted)?;
         let (units, id) = (self.clone(), id.clone());

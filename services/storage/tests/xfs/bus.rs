@@ -32,7 +32,9 @@ fn daemon() {
         initrd: image.join("initrd.img"),
     };
     let code = pandastack_daemon::run("storage-test", |ctx| {
-        let config = Config { state: ctx.state_dir().to_owned(), sources, group: Some(Gid::from_raw(GROUP)) };
+        let state = ctx.state_dir().to_owned();
+        let differences = state.join("differences");
+        let config = Config { state, differences, sources, group: Some(Gid::from_raw(GROUP)) };
         serve(ctx, config)
     });
     std::process::exit(i32::from(code != std::process::ExitCode::SUCCESS));

@@ -62,6 +62,45 @@ async fn a_diff_goes_over_a_copy_of_the_base_and_is_the_base_afterwards() {
 }
 
 #[tokio::test]
+async fn a_difference_in_memory_is_laid_over_a_copy_of_the_base() {
+    let Some(disk) = Disk::mount(&[]) else { return };
+    let manager = disk.open_imported().await;
+    disk.restored(&manager, M).await;
+    let difference = disk.differences.join(M);
+    assert_eq!(access(&difference), (0o750, GROUP));
+    assert_eq!(manager.begin_capture(M.into()).await.unwrap(), CaptureKind::Diff);
+    assert_eq!(access(&difference.join("mem")), (0o660, GROUP));
+
+    disk.firecracker_writes_apart(M, b'x');
+    manager.capture_disks(M.into(), false).await.unwrap();
+    drop(manager);
+    let manager = disk.open();
+    manager.commit_capture(M.into(), spec(ONE, Purpose::Fork)).await.unwrap();
+
+    let mut memory = vec![b'a'; MEMORY];
+    memory[8192..12288].fill(b'x');
+    memory[32768..36864].fill(0);
+    assert!(fs::read(disk.snapshot(ONE).join("mem")).unwrap() == memory);
+    assert!(!difference.join("mem").exists() && unfinished(&disk) == 0);
+
+    // One that is cut off is no capture.
+    manager.begin_capture(M.into()).await.unwrap();
+    disk.firecracker_writes_apart(M, b'y');
+    let file = fs::File::options().write(true).open(difference.join("mem")).unwrap();
+    file.set_len(MEMORY as u64 / 2).unwrap();
+    let torn = manager.commit_capture(M.into(), spec(TWO, Purpose::Snapshot)).await;
+    assert!(matches!(torn, Err(Error::WrongState(_))), "{torn:?}");
+    manager.abort_capture(M.into()).await.unwrap();
+    assert!(!difference.join("mem").exists());
+
+    // Without a known base nothing is laid over anything.
+    assert_eq!(manager.begin_capture(M.into()).await.unwrap(), CaptureKind::Full);
+    assert!(!difference.join("mem").exists());
+    manager.release(M.into()).await.unwrap();
+    assert!(!difference.exists());
+}
+
+#[tokio::test]
 async fn without_a_known_base_all_is_captured() {
     let Some(disk) = Disk::mount(&[]) else { return };
     let manager = disk.open_imported().await;

@@ -18,12 +18,13 @@ pub const GROUP: u32 = 45_991;
 pub const DISK_MIB: u64 = 64;
 /// Memory of captured machines, bytes; a MiB.
 pub const MEMORY: usize = 1 << 20;
-/// Names in a prepared directory: the program, the sockets, eight drives.
-pub const PREPARED: usize = 10;
+/// Names in a prepared directory: the program, the sockets, the point for its difference, eight drives.
+pub const PREPARED: usize = 11;
 
 pub struct Disk {
     pub dir: tempfile::TempDir,
     pub state: PathBuf,
+    pub differences: PathBuf,
     pub sources: Sources,
 }
 
@@ -65,7 +66,8 @@ impl Disk {
         }
         let state = mount.join("state");
         fs::create_dir(&state).unwrap();
-        let disk = Self { dir, state, sources };
+        let differences = mount.join("differences");
+        let disk = Self { dir, state, differences, sources };
         disk.add_template("base", "base disk");
         Some(disk)
     }
@@ -89,7 +91,12 @@ impl Disk {
     }
 
     pub fn config(&self) -> Config {
-        Config { state: self.state.clone(), sources: self.sources.clone(), group: Some(Gid::from_raw(GROUP)) }
+        Config {
+            state: self.state.clone(),
+            differences: self.differences.clone(),
+            sources: self.sources.clone(),
+            group: Some(Gid::from_raw(GROUP)),
+        }
     }
 
     /// As the daemon starts; nothing is imported yet.
@@ -144,6 +151,16 @@ impl Disk {
         memory.set_len(MEMORY as u64).unwrap();
         memory.write_all_at(&[byte; 4096], 8192).unwrap();
         open("c.state").write_all_at(b"registers", 0).unwrap();
+    }
+
+    /// What Firecracker writes into an empty difference in memory: a page of `byte` and one of zeros.
+    pub fn firecracker_writes_apart(&self, id: &str, byte: u8) {
+        let open = |path: PathBuf| fs::File::options().write(true).open(path).unwrap();
+        let difference = open(self.differences.join(id).join("mem"));
+        difference.set_len(MEMORY as u64).unwrap();
+        difference.write_all_at(&[byte; 4096], 8192).unwrap();
+        difference.write_all_at(&[0; 4096], 32768).unwrap();
+        open(self.sandbox(id).join("c.state")).write_all_at(b"registers", 0).unwrap();
     }
 
     /// A whole capture.

@@ -152,7 +152,7 @@ async fn one_of_another_processor_is_refused() {
     let manager = disk.open_imported().await;
     disk.restored(&manager, M).await;
     disk.capture(&manager, M, b'x', spec(ONE, Purpose::Snapshot)).await;
-    let layout = Layout::new(&disk.state);
+    let layout = Layout::new(&disk.state, &disk.differences);
     let signer = Signer::open(&layout.manifest_key()).unwrap();
 
     let elsewhere = Snapshots::open(&layout, signer, Digest::of(b"another processor")).unwrap();
@@ -251,7 +251,7 @@ async fn a_tenants_snapshot_gets_a_hash_tree_that_is_ours() {
     // A restart loses none of them.
     disk.open().hash_missing().await;
 
-    let signer = Signer::open(&Layout::new(&disk.state).manifest_key()).unwrap();
+    let signer = Signer::open(&Layout::new(&disk.state, &disk.differences).manifest_key()).unwrap();
     let read = |id: &str| -> (Hashes, bool) {
         signer.read(hashes::KIND, &fs::read(disk.snapshot(id).join("hashes.json")).unwrap()).unwrap()
     };

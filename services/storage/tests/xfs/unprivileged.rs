@@ -32,8 +32,10 @@ async fn step() {
         vmlinux: image.join("vmlinux"),
         initrd: image.join("initrd.img"),
     };
-    let state = path("PANDASTACK_TEST_STATE");
-    let manager = Manager::open(Config { state, sources, group: Some(Gid::from_raw(GROUP)) }).unwrap();
+    let state: std::path::PathBuf = path("PANDASTACK_TEST_STATE");
+    let differences = state.join("differences");
+    let manager =
+        Manager::open(Config { state, differences, sources, group: Some(Gid::from_raw(GROUP)) }).unwrap();
     manager.import_all().await;
     match step.as_str() {
         "make" => {

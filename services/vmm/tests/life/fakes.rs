@@ -20,7 +20,7 @@ use pandastack_protocol::Mount;
 use pandastack_vmm::{
     console::{Place, Wanted},
     meter::Usage,
-    ports::{Guest, Hypervisor, Identification, Limits, Machine, Process, UnitState, Units, World},
+    ports::{Guest, Hypervisor, Identification, Limits, Machine, Memory, Process, UnitState, Units, World},
 };
 use tokio::{sync::Notify, time::Instant};
 
@@ -236,6 +236,9 @@ impl Units for Handle {
         let books = self.0.books.lock().unwrap();
         Ok(books.units.keys().map(|id| UnitState { id: id.parse().unwrap(), alive: true }).collect())
     }
+    async fn anonymous(&self, _: &SandboxId) -> Option<u64> {
+        Some(1 << 20)
+    }
     async fn usage(&self, id: &SandboxId) -> Option<Usage> {
         let mut books = self.0.books.lock().unwrap();
         if !books.units.contains_key(id.as_str()) {
@@ -298,7 +301,7 @@ impl Hypervisor for Handle {
     async fn resume(&self, id: &SandboxId) -> Result<()> {
         self.turn("resume", id, false).await
     }
-    async fn write_capture(&self, id: &SandboxId, kind: CaptureKind) -> Result<()> {
+    async fn write_capture(&self, id: &SandboxId, kind: CaptureKind, _: Memory) -> Result<()> {
         self.0
             .call("write", id.as_str(), |books| {
                 if !books.paused.contains(id.as_str()) {
