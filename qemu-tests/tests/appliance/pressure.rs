@@ -10,6 +10,8 @@ use crate::fixture::Fixture;
 
 /// Creates at one time; several times the slots.
 const BURST: usize = 20;
+/// Admission looks at a figure that may be as old as five seconds, and the machine may be slow.
+const SPACE_IS_OLD: Duration = Duration::from_secs(12);
 
 pub fn a_burst_of_creates(fixture: &Fixture) -> Result<()> {
     let api = fixture.api()?;
@@ -99,8 +101,7 @@ pub fn a_full_data_partition(fixture: &Fixture) -> Result<()> {
         // Into the reserve, but not to the end: the appliance itself goes on writing.
         let take = number(1)?.saturating_sub(number(2)? / 2);
         fixture.ssh(&format!("fallocate -l {take} {hog}"))?;
-        // Admission may look at a figure that is some seconds old.
-        thread::sleep(Duration::from_secs(3));
+        thread::sleep(SPACE_IS_OLD);
         for (path, body) in [
             ("/v1/sandboxes".to_owned(), json!({"template": "base"})),
             (format!("{at}/snapshots"), json!({})),
@@ -126,7 +127,7 @@ pub fn a_full_data_partition(fixture: &Fixture) -> Result<()> {
     })();
     fixture.ssh(&format!("rm -f {hog}"))?;
     result?;
-    thread::sleep(Duration::from_secs(3));
+    thread::sleep(SPACE_IS_OLD);
 
     api.done(&parent, "hibernate")?;
     ensure!(
