@@ -15,7 +15,7 @@ import time
 
 from . import confined
 from .commands import does_not_fit
-from .report import Failed, WrongInput, megabytes, say
+from .report import Failed, WrongInput, megabytes, quoted, say
 
 DECOMPRESSORS = ((b"\x1f\x8b", "gzip"), (b"\xfd7zXZ\0", "xz"), (b"\x28\xb5\x2f\xfd", "zstd"), (b"BZh", "bzip2"))
 # All that the archives of `docker save`, of podman and of an OCI layout have in them.
@@ -30,7 +30,7 @@ TAIL = 64 << 20
 @contextlib.contextmanager
 def opened(path):
     """A descriptor of the archive, uncompressed. Where it was read to its end, a compression that is broken is WrongInput."""
-    with open(path, "rb") as file:
+    with open(path, "rb", buffering=0) as file:
         start = file.read(8)
         file.seek(0)
         program = next((program for magic, program in DECOMPRESSORS if start.startswith(magic)), None)
@@ -54,9 +54,9 @@ class StrictHeader(tarfile.TarInfo):
     """A header in which the library sees the end of the archive only where there is one."""
 
     @classmethod
-    def frombuf(cls, buf, encoding, errors):
+    def fromtarfile(cls, archive):
         try:
-            return super().frombuf(buf, encoding, errors)
+            return super().fromtarfile(archive)
         except (tarfile.TruncatedHeaderError, tarfile.InvalidHeaderError) as error:
             raise tarfile.ReadError(str(error)) from error
 
@@ -73,7 +73,7 @@ def inside(name):
     """The name from the root on, without `.` and empty parts."""
     parts = [part for part in name.split("/") if part not in ("", ".")]
     if ".." in parts:
-        raise WrongInput(f"The archive has an entry that leads out of the root: {name!r}.")
+        raise WrongInput(f"The archive has an entry that leads out of the root: {quoted(name)}.")
     return "/".join(parts)
 
 
@@ -106,7 +106,7 @@ def reading(descriptor):
 
 
 def after(at):
-    return f" at {at[0]!r}" if at[0] else ""
+    return f" at {quoted(at[0])}" if at[0] else ""
 
 
 # --- what it is ---------------------------------------------------------------------------------------------------------
@@ -177,8 +177,10 @@ def put(archive, name, member):
     """Makes the entry, in place of what is there. Answers whether it is something that a root disk has."""
     if not (member.isreg() or member.isdir() or member.issym() or member.islnk()):
         return False
-    if "/" in name:
-        os.makedirs(os.path.dirname(name), 0o755, exist_ok=True)
+    folder = os.path.dirname(name)
+    if folder and not os.path.isdir(folder):
+        # What a link leads to may not be there yet.
+        os.makedirs(os.path.realpath(folder), 0o755, exist_ok=True)
     if member.isdir():
         if not os.path.isdir(name):
             clear(name)
@@ -191,7 +193,7 @@ def put(archive, name, member):
         try:
             os.link(inside(member.linkname), name, follow_symlinks=False)
         except FileNotFoundError as error:
-            raise WrongInput(f"The archive has a hard link to what is not in it: {name!r} to {member.linkname!r}.") from error
+            raise WrongInput(f"The archive has a hard link to what is not in it: {quoted(name)} to {quoted(member.linkname)}.") from error
     else:
         write(archive, name, member)
     return True

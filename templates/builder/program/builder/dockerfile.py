@@ -72,7 +72,8 @@ def expand(text, values):
 
 
 def with_names(text, known):
-    """The Dockerfile with each FROM line's template replaced by what `known` has for it. WrongInput for every other name."""
+    """The Dockerfile with each FROM line's template replaced by what `known` has for it, and the names of its stages. WrongInput for
+    every other name."""
     lines, values, stages = text.split("\n"), {}, set()
     found = False
     for first, end, instruction in list(instructions(text)):
@@ -97,4 +98,4 @@ def with_names(text, known):
             stages.add(words[2].lower())
     if not found:
         raise WrongInput("The Dockerfile has no FROM line.")
-    return "\n".join(lines)
+    return "\n".join(lines), stages

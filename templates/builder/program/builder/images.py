@@ -86,19 +86,22 @@ class Store:
 
     def build(self, text, context):
         """From a Dockerfile."""
-        file, image, nothing = HERE / "Dockerfile", HERE / "image", HERE / "nothing"
-        file.write_text(dockerfile.with_names(text, self.names))
+        file, built, nothing = HERE / "Dockerfile", HERE / "image", HERE / "nothing"
+        named, stages = dockerfile.with_names(text, self.names)
+        file.write_text(named)
         nothing.mkdir()
         limits = [f"--ulimit={name}={soft}:{hard}" for name, (soft, hard) in
                   (("nproc", limit(resource.RLIMIT_NPROC)), ("nofile", limit(resource.RLIMIT_NOFILE)))]
+        # For `COPY --from`, where a stage of that name goes before.
+        contexts = [f"--build-context={name}=container-image://{image}" for name, image in self.names.items() if name.lower() not in stages]
         # A process that a RUN left behind ends with the namespace.
         code, last = self._buildah(
             ["unshare", "--pid", "--fork", "--kill-child", "--mount", "--mount-proc",
-             "buildah", "build", "--isolation=chroot", "--network=host", "--layers=false", "--pull=never", *limits,
-             f"--iidfile={image}", f"--file={file}", context or nothing], "building")
+             "buildah", "build", "--isolation=chroot", "--network=host", "--layers=false", "--pull=never", *limits, *contexts,
+             f"--iidfile={built}", f"--file={file}", context or nothing], "building")
         if code:
             raise WrongInput(f"The Dockerfile cannot be built: {complaint(last, code)}.")
-        return image.read_text().strip().removeprefix("sha256:")
+        return built.read_text().strip().removeprefix("sha256:")
 
     def _buildah(self, arguments, doing):
         code, last = commands.run(arguments, doing, self.environment, alive=lambda: f"{megabytes(used(HERE))} of the builder's disk in use")

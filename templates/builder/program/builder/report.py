@@ -20,6 +20,11 @@ def printable(text):
     return text if len(text) <= LINE else text[:LINE] + "…"
 
 
+def quoted(name):
+    """A name of the tenant's within a sentence."""
+    return repr(name if len(name) <= 200 else name[:200] + "…")
+
+
 def say(text):
     print(printable(text), flush=True)
 
