@@ -8,12 +8,10 @@ directory read-only that it has no business to write to. Needs root (it asks sud
 
 import dataclasses
 import gzip
-import hashlib
 import io
 import json
 import os
 import pathlib
-import re
 import shutil
 import stat
 import subprocess
@@ -23,9 +21,10 @@ import tempfile
 import tomllib
 import unittest
 
+from test_builder_archives import BUSYBOX, ROOT, docker_archive, entry, hard, link, oci_archive, oci_blobs, shell, tar, zeros
+
 HERE = pathlib.Path(__file__).resolve().parent
 PROGRAM = HERE / "builder/program"
-ROOT = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "pandastack/builder-test"
 NEEDED = ("python3", "rsync", "util-linux", "gzip", "xz-utils", "zstd", "bzip2", "busybox-static", "iproute2")
 # How a build is started: as in the microVM it is root's, sees the disks below /mnt, and has proc, sys, dev and an empty /run.
 START = """
@@ -68,93 +67,6 @@ sys.path.insert(0, str(PROGRAM))
 
 from builder import dockerfile  # noqa: E402
 from builder.report import WrongInput, printable  # noqa: E402
-
-
-# --- what a tenant sends ------------------------------------------------------------------------------------------------
-
-
-def entry(name, content=None, **fields):
-    """An entry of an archive: a file where there is content, else what `type` says."""
-    info = tarfile.TarInfo(name)
-    info.type = tarfile.REGTYPE if content is not None else tarfile.DIRTYPE
-    info.mode = 0o755
-    for field, value in fields.items():
-        setattr(info, field, value)
-    info.size = fields.get("size", len(content or b""))
-    return info, content or b""
-
-
-def link(name, to):
-    return entry(name, type=tarfile.SYMTYPE, linkname=to)
-
-
-def hard(name, to):
-    return entry(name, type=tarfile.LNKTYPE, linkname=to)
-
-
-def tar(*entries, end=True):
-    """An archive; without its end, more can follow."""
-    out = io.BytesIO()
-    archive = tarfile.open(fileobj=out, mode="w", format=tarfile.PAX_FORMAT)
-    for info, content in entries:
-        archive.addfile(info, io.BytesIO(content))
-    if end:
-        archive.close()
-    return out.getvalue()
-
-
-def zeros(mebibytes):
-    """Zeros, compressed."""
-    return gzip.compress(bytes(1 << 20), 1) * mebibytes
-
-
-def busybox():
-    return (ROOT / "root/usr/bin/busybox").read_bytes()
-
-
-def shell():
-    """The least that a sandbox runs on."""
-    applets = ("cat", "chown", "env", "id", "ls", "mkdir", "rm", "sleep", "stat", "touch", "wc")
-    return [entry("./"), entry("bin/"), entry("bin/busybox", busybox()), link("bin/sh", "busybox"), *(link(f"bin/{name}", "busybox") for name in applets)]
-
-
-def sha256(content):
-    return hashlib.sha256(content).hexdigest()
-
-
-def image(architecture="amd64"):
-    """Two layers, of which the second takes out a file of the first, and the configuration of an image of them."""
-    layers = [tar(*shell(), entry("etc/gone", b"x"), entry("data", b"1", uid=7, gid=8)), tar(entry("etc/.wh.gone", b""), entry("data", b"22", uid=7, gid=8))]
-    config = {"architecture": architecture, "os": "linux", "rootfs": {"type": "layers", "diff_ids": [f"sha256:{sha256(layer)}" for layer in layers]},
-              "config": {"Env": ["PATH=/bin", "GREETING=good day", "not.a.name=1"], "WorkingDir": "/srv/app", "Cmd": ["/bin/sh"], "User": "7"}}
-    return layers, json.dumps(config).encode()
-
-
-def docker_archive(**options):
-    layers, config = image(**options)
-    files = {f"{sha256(layer)}.tar": layer for layer in layers}
-    manifest = [{"Config": f"{sha256(config)}.json", "RepoTags": ["app:1"], "Layers": list(files)}]
-    return tar(*(entry(name, layer) for name, layer in files.items()), entry(f"{sha256(config)}.json", config),
-               entry("manifest.json", json.dumps(manifest).encode()))
-
-
-def oci_blobs():
-    layers, config = image()
-    blobs = {sha256(content): content for content in (*(gzip.compress(layer, 1) for layer in layers), config)}
-    *layer_names, config_name = blobs
-    kind = "application/vnd.oci.image"
-    manifest = json.dumps({
-        "schemaVersion": 2, "mediaType": f"{kind}.manifest.v1+json",
-        "config": {"mediaType": f"{kind}.config.v1+json", "digest": f"sha256:{config_name}", "size": len(config)},
-        "layers": [{"mediaType": f"{kind}.layer.v1.tar+gzip", "digest": f"sha256:{name}", "size": len(blobs[name])} for name in layer_names],
-    }).encode()
-    return blobs | {sha256(manifest): manifest}, {"mediaType": f"{kind}.manifest.v1+json", "digest": f"sha256:{sha256(manifest)}", "size": len(manifest)}
-
-
-def oci_archive():
-    blobs, manifest = oci_blobs()
-    return tar(entry("blobs/"), entry("blobs/sha256/"), *(entry(f"blobs/sha256/{name}", content) for name, content in blobs.items()),
-               entry("index.json", json.dumps({"schemaVersion": 2, "manifests": [manifest]}).encode()), entry("oci-layout", b'{"imageLayoutVersion": "1.0.0"}'))
 
 
 # --- builds -------------------------------------------------------------------------------------------------------------
@@ -206,7 +118,7 @@ class BuildTest(unittest.TestCase):
         command = f"{before} /usr/lib/pandastack/build /work/request.json"
         done = subprocess.run(["unshare", "--mount", "--pid", "--net", "--fork", "--kill-child", "sh", "-ec", START, "sh", ROOT / "root", self.work,
                                self.state, self.disks, "sh", "-c", command], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                              stderr=subprocess.STDOUT, text=True, timeout=120)
+                              stderr=subprocess.STDOUT, text=True, timeout=600)
         result = self.work / "result.json"
         built = Built(done.returncode, done.stdout.splitlines(), json.loads(result.read_text()) if result.exists() else None)
         self.assertEqual(built.code == 0, built.result is not None, built.log)
@@ -264,11 +176,28 @@ class RootFileSystemTest(BuildTest):
                 self.assertEqual(sorted(path.name for path in (self.target / "usr/lib").iterdir()), ["b", "so"])
                 self.assertEqual(os.readlink(self.target / "absolute"), "/etc/hosts")
                 self.assertEqual((self.target / "etc/hosts").read_text(), "10.0.0.1 host\n")
-                self.assertEqual((self.target / "bin/busybox").read_bytes(), busybox())
+                self.assertEqual((self.target / "bin/busybox").read_bytes(), BUSYBOX.read_bytes())
                 self.assertFalse((self.target / "fifo").exists() or (self.target / "dev/null").exists())
                 self.assertTrue(any("2 devices, pipes" in line for line in built.log), built.log)
                 self.assertEqual((built.result["env"], built.result["workdir"]), ({}, "/root"))
-                self.assertGreater(built.result["bytes"], len(busybox()))
+                self.assertGreater(built.result["bytes"], len(BUSYBOX.read_bytes()))
+
+    def test_holes_stay_holes(self):
+        with open(self.folder / "holes", "wb") as file:
+            file.seek(20 << 20)
+            file.write(b"middle")
+            file.truncate(500 << 20)
+        for format in ("gnu", "pax"):
+            with self.subTest(format):
+                self.target = self.disk("target")
+                packed = subprocess.run(["tar", "-cS", f"--format={format}", "-C", self.folder, "holes"], stdout=subprocess.PIPE, check=True).stdout
+                self.assert_built(self.rootfs(tar(*shell(), end=False) + packed))
+                state = os.stat(self.target / "holes")
+                self.assertEqual(state.st_size, 500 << 20)
+                self.assertLess(state.st_blocks * 512, 1 << 20)
+                with open(self.target / "holes", "rb") as file:
+                    file.seek(20 << 20)
+                    self.assertEqual(file.read(7), b"middle\0")
 
     def test_links_lead_nowhere_but_into_the_root(self):
         (self.work / "canary").write_text("untouched")
@@ -337,7 +266,8 @@ class ImageTest(BuildTest):
         self.assertEqual(((self.target / "data").read_text(), data.st_uid, data.st_gid), ("22", 7, 8))
 
     def test_archives_are_known_by_their_content(self):
-        archives = {"docker": docker_archive(), "docker, compressed": gzip.compress(docker_archive(), 1), "oci": oci_archive()}
+        archives = {"docker": docker_archive(), "docker, compressed": gzip.compress(docker_archive(), 1), "oci": oci_archive(),
+                    "docker since 25": docker_archive("blobs/sha256/{}", "blobs/sha256/{}", [entry("blobs/"), entry("oci-layout", b"{}")])}
         for name, archive in archives.items():
             with self.subTest(name):
                 self.target = self.disk("target")
@@ -463,6 +393,20 @@ class DockerfileTest(BuildTest):
         self.target = self.disk("target")
         self.assert_built(self.dockerfile("FROM tiny AS tiny\nRUN touch /made\nFROM tiny\nRUN rm /large\nCOPY --from=tiny /made /\n", **self.fields))
         self.assertTrue((self.target / "made").exists() and not (self.target / "large").exists())
+
+    def test_mounts_and_files_within_the_dockerfile(self):
+        self.copy_of_the_template()
+        text = """FROM tiny AS one
+COPY <<EOF /greeting
+hello
+EOF
+FROM tiny
+SHELL ["/bin/sh", "-euc"]
+RUN --mount=type=cache,target=/cache --mount=type=bind,from=one,target=/one cat /one/greeting > /cache/x && cat /cache/x > /got
+VOLUME /data
+"""
+        self.assert_built(self.dockerfile(text, **self.fields))
+        self.assertEqual((self.target / "got").read_text(), "hello\n")
 
     def test_what_cannot_be_built_is_refused_with_a_sentence(self):
         cases = {

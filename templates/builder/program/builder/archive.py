@@ -6,6 +6,8 @@ apart here and unpacked elsewhere.
 """
 
 import contextlib
+import dataclasses
+import errno
 import os
 import re
 import subprocess
@@ -61,12 +63,25 @@ class StrictHeader(tarfile.TarInfo):
             raise tarfile.ReadError(str(error)) from error
 
 
-def members(archive, limit):
-    """Each entry with its name below the root; a name that leads out of it is WrongInput."""
-    for number, member in enumerate(archive):
-        if number >= limit:
-            raise WrongInput(f"The archive has more than {limit} entries.")
-        yield inside(member.name), member
+class Reader:
+    """The entries of an archive, in their order; `at` is the name of the last one."""
+
+    def __init__(self, archive, stream):
+        self.archive, self.stream, self.at = archive, stream, ""
+
+    def members(self, limit):
+        """Each entry with its name below the root; a name that leads out of it is WrongInput."""
+        for number, member in enumerate(self.archive):
+            if number >= limit:
+                raise WrongInput(f"The archive has more than {limit} entries.")
+            self.at = inside(member.name)
+            yield self.at, member
+        left = TAIL
+        while left > 0 and (piece := self.stream.read(1 << 20)):
+            left -= len(piece)
+
+    def where(self):
+        return f" at {quoted(self.at)}" if self.at else ""
 
 
 def inside(name):
@@ -79,34 +94,26 @@ def inside(name):
 
 @contextlib.contextmanager
 def reading(descriptor):
-    """The archive behind a descriptor, entry by entry; what its bytes make go wrong is WrongInput."""
-    at = [""]
+    """The archive behind a descriptor; what its bytes make go wrong is WrongInput."""
+    reader = Reader(None, None)
     try:
-        with open(descriptor, "rb", closefd=False) as stream:
-            with tarfile.open(fileobj=stream, mode="r|", bufsize=1 << 20, tarinfo=StrictHeader, stream=True) as archive:
-                yield archive, at
-            with contextlib.suppress(MemoryError):
-                left = TAIL
-                while left > 0 and (piece := stream.read(1 << 20)):
-                    left -= len(piece)
+        with open(descriptor, "rb", closefd=False) as reader.stream:
+            with tarfile.open(fileobj=reader.stream, mode="r|", bufsize=1 << 20, tarinfo=StrictHeader, stream=True) as reader.archive:
+                yield reader
     except tarfile.TarError as error:
-        raise WrongInput(f"The archive is no tar of a root file system, or it is damaged{after(at)}: {error}.") from error
+        raise WrongInput(f"The archive is no tar of a root file system, or it is damaged{reader.where()}: {error}.") from error
     except EOFError as error:
-        raise WrongInput(f"The archive ends too early{after(at)}.") from error
+        raise WrongInput(f"The archive ends too early{reader.where()}.") from error
     except MemoryError as error:
-        raise WrongInput(f"The archive has a header that is too large{after(at)}.") from error
+        raise WrongInput(f"The archive has a header that is too large{reader.where()}.") from error
     except OSError as error:
-        if error.errno in (28, 122):
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise does_not_fit("/") from error
-        if error.errno in (5, 30):
+        if error.errno in (errno.EIO, errno.EROFS):
             raise Failed(f"the disk: {error.strerror}") from error
-        raise WrongInput(f"The archive has an entry that cannot be unpacked{after(at)}: {error.strerror}.") from error
+        raise WrongInput(f"The archive has an entry that cannot be unpacked{reader.where()}: {error.strerror}.") from error
     except (ValueError, OverflowError, RecursionError, KeyError, IndexError, TypeError) as error:
-        raise WrongInput(f"The archive has an entry that makes no sense{after(at)}: {error}.") from error
-
-
-def after(at):
-    return f" at {quoted(at[0])}" if at[0] else ""
+        raise WrongInput(f"The archive has an entry that makes no sense{reader.where()}: {error}.") from error
 
 
 # --- what it is ---------------------------------------------------------------------------------------------------------
@@ -114,15 +121,15 @@ def after(at):
 
 def kind_of(path, limit):
     """`rootfs`, or buildah's name for an archive of images. A root file system is known by its first entries."""
+    say("Looking at the archive.")
     with tempfile.TemporaryDirectory() as nowhere, opened(path) as descriptor:
         return confined.call(nowhere, _kind, descriptor, limit)
 
 
 def _kind(descriptor, limit):
     seen = set()
-    with reading(descriptor) as (archive, at):
-        for name, _ in members(archive, limit):
-            at[0] = name
+    with reading(descriptor) as reader:
+        for name, _ in reader.members(limit):
             if name and not OF_IMAGES.match(name):
                 return "rootfs"
             seen.add(name)
@@ -146,34 +153,46 @@ def unpack(path, target, limit):
         say(f"Left out extended attributes of {done['attributes']} entries that the root disk does not take.")
 
 
+@dataclasses.dataclass
+class Progress:
+    """What has been unpacked, which the log hears of every now and then."""
+
+    entries: int = 0
+    bytes: int = 0
+    skipped: int = 0
+    attributes: int = 0
+    told: float = dataclasses.field(default_factory=time.monotonic)
+
+    def add(self, entries=0, size=0):
+        self.entries += entries
+        self.bytes += size
+        if time.monotonic() - self.told > PROGRESS:
+            self.told = time.monotonic()
+            say(f"… {self.entries} entries, {megabytes(self.bytes)}")
+
+
 def _unpack(descriptor, limit):
-    done = {"entries": 0, "bytes": 0, "skipped": 0, "attributes": 0}
-    directories, told = [], time.monotonic()
-    with reading(descriptor) as (archive, at):
-        for name, member in members(archive, limit):
-            at[0] = name
-            done["entries"] += 1
-            if name == "lost+found" or name.startswith("lost+found/"):
+    done, directories = Progress(), []
+    with reading(descriptor) as reader:
+        for name, member in reader.members(limit):
+            done.add(entries=1)
+            if name.partition("/")[0] == "lost+found":
                 continue
-            if not put(archive, name or ".", member):
-                done["skipped"] += 1
+            if not put(reader.archive, name or ".", member, done):
+                done.skipped += 1
                 continue
-            done["bytes"] += member.size if member.isreg() else 0
             if not member.islnk():
-                done["attributes"] += not own(name or ".", member)
+                done.attributes += not own(name or ".", member)
             if member.isdir():
                 directories.append((name or ".", member.mtime))
-            if time.monotonic() - told > PROGRESS:
-                told = time.monotonic()
-                say(f"… {done['entries']} entries, {megabytes(done['bytes'])}")
         # What is put into a directory changes its time.
         for name, mtime in reversed(directories):
             with contextlib.suppress(FileNotFoundError, NotADirectoryError):
                 touch(name, mtime)
-    return done
+    return dataclasses.asdict(done)
 
 
-def put(archive, name, member):
+def put(archive, name, member, done):
     """Makes the entry, in place of what is there. Answers whether it is something that a root disk has."""
     if not (member.isreg() or member.isdir() or member.issym() or member.islnk()):
         return False
@@ -195,7 +214,7 @@ def put(archive, name, member):
         except FileNotFoundError as error:
             raise WrongInput(f"The archive has a hard link to what is not in it: {quoted(name)} to {quoted(member.linkname)}.") from error
     else:
-        write(archive, name, member)
+        write(archive, name, member, done)
     return True
 
 
@@ -207,25 +226,28 @@ def clear(name):
             os.unlink(name)
 
 
-def write(archive, name, member):
-    content = archive.extractfile(member)
-    with open(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb", buffering=0) as file:
+def write(archive, name, member, done):
+    # The unbuffered one: it can go forward in a stream, from hole to hole.
+    opened_member = archive.extractfile(member)
+    content = opened_member.raw
+    with opened_member, open(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb", buffering=0) as file:
         if member.issparse():
             # Only what is there is written: holes stay holes, and the size is the disk's to refuse.
             for offset, size in member.sparse:
                 content.seek(offset)
                 file.seek(offset)
-                copy(content, file, size)
+                copy(content, file, size, done)
             file.truncate(member.size)
         else:
-            copy(content, file, member.size)
+            copy(content, file, member.size, done)
 
 
-def copy(content, file, size):
+def copy(content, file, size, done):
     while size > 0:
         piece = content.read(min(size, 1 << 20))
         if not piece:
             raise EOFError
+        done.add(size=len(piece))
         while piece:
             written = file.write(piece)
             size -= written

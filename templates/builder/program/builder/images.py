@@ -104,7 +104,8 @@ class Store:
         return built.read_text().strip().removeprefix("sha256:")
 
     def _buildah(self, arguments, doing):
-        code, last = commands.run(arguments, doing, self.environment, alive=lambda: f"{megabytes(used(HERE))} of the builder's disk in use")
+        before = used(HERE)
+        code, last = commands.run(arguments, doing, self.environment, alive=lambda: f"{megabytes(max(used(HERE) - before, 0))} so far")
         if code:
             commands.complain_about_space(last, HERE)
         return code, last
@@ -115,8 +116,8 @@ class Store:
         """Its configuration. WrongInput where it is not for this machine."""
         described = json.loads(self._ask("inspect", "--type=image", image))["OCIv1"]
         config = described.get("config") or {}
-        if described.get("architecture", ARCHITECTURE) != ARCHITECTURE:
-            raise WrongInput(f"The image is for {described['architecture']}; sandboxes here are {ARCHITECTURE}.")
+        if (architecture := described.get("architecture") or ARCHITECTURE) != ARCHITECTURE:
+            raise WrongInput(f"The image is for {architecture}; sandboxes here are {ARCHITECTURE}.")
         if config.get("Entrypoint") or config.get("Cmd"):
             say("ENTRYPOINT and CMD are not used: a sandbox runs what it is asked to.")
         if config.get("User") not in (None, "", "root", "0", "0:0", "root:root"):

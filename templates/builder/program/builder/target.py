@@ -5,6 +5,7 @@ that it is only ever looked at and changed from inside (confined.py) or by rsync
 """
 
 import contextlib
+import errno
 import os
 import stat
 import subprocess
@@ -12,7 +13,7 @@ import tempfile
 
 from . import confined
 from .commands import complain_about_space, does_not_fit, run
-from .report import Failed, WrongInput, megabytes, say
+from .report import Failed, WrongInput, megabytes, quoted, say
 
 # What a running sandbox mounts over, and what a file system has for itself.
 NOT_COPIED = ("/proc/*", "/sys/*", "/dev/*", "/run/*", "/lost+found", "/.dockerenv")
@@ -106,9 +107,11 @@ def _finish(workdir):
         where = os.path.normpath("/" + (workdir or "root").lstrip("/"))
         os.makedirs(where, exist_ok=True)
     except OSError as error:
-        if error.errno == 28:
+        if error.errno == errno.ENOSPC:
             raise does_not_fit("/") from error
         raise WrongInput(f"The root file system is not one that a sandbox can run: {error.filename}: {error.strerror}.") from error
+    except ValueError as error:
+        raise WrongInput(f"The working directory makes no sense: {quoted(workdir)}.") from error
     if not os.path.isfile("/bin/sh") or not os.access("/bin/sh", os.X_OK):
         raise WrongInput("The root file system has no /bin/sh, so a sandbox could not run a command.")
     return where
