@@ -87,6 +87,8 @@ units: check
 	@$(CARGO) test --quiet --locked --workspace
 	$(call say,the kernels of code-interpreter)
 	@templates/test_kernels.py
+	$(call say,the builder of templates)
+	@templates/test_builder.py
 
 appliance-tests: units image
 	$(call say,the booted appliance)

@@ -1,0 +1,1 @@
+"""What fills the root disk of a tenant's template."""
