@@ -33,7 +33,7 @@ function wrap(owner, path) {
   for (const key of Reflect.ownKeys(owner)) {
     const { value } = Object.getOwnPropertyDescriptor(owner, key);
     if (typeof value !== "function" || ["constructor", "prototype"].includes(key) || String(key).startsWith("_")) continue;
-    const line = `ts:${path}.${typeof key === "symbol" ? `[${key.description}]` : key}`;
+    const line = `ts:${path}.${key === Symbol.asyncDispose ? "[Symbol.asyncDispose]" : String(key)}`;
     owner[key] = function (...args) {
       return noted(line, value.apply(this, args));
     };

@@ -107,7 +107,7 @@ fn example(document: &Value, schema: &Value, depth: usize) -> Value {
     }
     for key in ["oneOf", "anyOf", "allOf"] {
         let choices = schema[key].as_array().into_iter().flatten();
-        if let Some(choice) = choices.filter(|one| one["type"] != "null").last() {
+        if let Some(choice) = choices.filter(|one| one["type"] != "null").next_back() {
             return example(document, choice, depth + 1);
         }
     }

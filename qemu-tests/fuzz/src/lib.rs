@@ -13,7 +13,7 @@ pub mod mutate;
 #[allow(clippy::unwrap_used, unused)]
 #[path = "../../../services/api/tests/common/mod.rs"]
 mod api_common;
-#[allow(clippy::unwrap_used, dead_code)]
+#[allow(clippy::unwrap_used)]
 #[path = "../../../services/edge/tests/common/mod.rs"]
 mod edge_common;
 

@@ -14,7 +14,7 @@ impl Random {
     }
 
     /// The next one.
-    pub fn next(&mut self) -> u64 {
+    pub fn draw(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut mixed = self.0;
         mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -24,7 +24,7 @@ impl Random {
 
     /// One below `end`, which is not 0.
     pub fn below(&mut self, end: usize) -> usize {
-        (self.next() % end as u64) as usize
+        (self.draw() % end as u64) as usize
     }
 }
 
@@ -148,14 +148,14 @@ pub fn input(input: &mut Vec<u8>, json_after: Option<usize>, names: &[String], r
         let at = random.below(input.len() + 1);
         match random.below(5) {
             0 if at < input.len() => input[at] ^= 1 << random.below(8),
-            1 if at < input.len() => input[at] = random.next() as u8,
+            1 if at < input.len() => input[at] = random.draw() as u8,
             2 if at < input.len() => drop(input.drain(at..(at + 1 + random.below(16)).min(input.len()))),
             3 => {
                 let end = (at + random.below(64)).min(input.len());
                 let piece = input[at..end].to_vec();
                 input.splice(at..at, piece);
             }
-            _ => input.insert(at, random.next() as u8),
+            _ => input.insert(at, random.draw() as u8),
         }
     }
 }
