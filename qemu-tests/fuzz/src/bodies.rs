@@ -106,8 +106,8 @@ fn example(document: &Value, schema: &Value, depth: usize) -> Value {
         return example(document, target, depth + 1);
     }
     for key in ["oneOf", "anyOf", "allOf"] {
-        let choices = schema[key].as_array().into_iter().flatten();
-        if let Some(choice) = choices.filter(|one| one["type"] != "null").next_back() {
+        let mut choices = schema[key].as_array().into_iter().flatten();
+        if let Some(choice) = choices.rfind(|one| one["type"] != "null") {
             return example(document, choice, depth + 1);
         }
     }
