@@ -7,6 +7,8 @@ import pytest
 from pandastack import Client
 from pandastack.exceptions import BadRequestError
 
+pytestmark = pytest.mark.timeout(600)
+
 CALL = "busctl call ai.pandastack.api1 /ai/pandastack/api1 ai.pandastack.api1.Manager"
 KEY = os.environ.get("PANDASTACK_FOREIGN_KEY")
 
