@@ -6,6 +6,12 @@ export CARGO_TARGET_DIR ?= $(CACHE)/target
 # Gigabytes that a build from scratch does not need.
 export CARGO_INCREMENTAL ?= 0
 GUEST_TARGET := $(CACHE)/target-guest
+FUZZ_TARGET := $(CACHE)/target-fuzz
+FUZZ := $(FUZZ_TARGET)/x86_64-unknown-linux-gnu/fuzz/fuzz
+# Coverage for libFuzzer, with the stable compiler: the flags that cargo-fuzz gives, without a sanitizer.
+SANCOV := -Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-level=4 -Cllvm-args=-sanitizer-coverage-inline-8bit-counters \
+	-Cllvm-args=-sanitizer-coverage-pc-table -Cllvm-args=-sanitizer-coverage-trace-compares
+MINUTES := 10
 GUEST_INIT := $(GUEST_TARGET)/x86_64-unknown-linux-gnu/guest/guest-init
 APPLIANCE := $(CARGO_TARGET_DIR)/release/appliance
 CARGO := cargo
@@ -17,7 +23,7 @@ say = @printf '[make] %s\n' "$(1)" >&2
 MAKEFLAGS += --jobs=2 --no-print-directory
 
 .DEFAULT_GOAL := help
-.PHONY: help tools guest-init guest templates build image runner run stop console shell status test check deny units appliance-tests bench clean
+.PHONY: help tools guest-init guest templates build image runner run stop console shell status test check deny units appliance-tests bench fuzz clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -97,5 +103,11 @@ appliance-tests: units image
 bench: image ## the table of docs/benchmarks.md, also in .run/bench.json
 	@$(APPLIANCE) bench
 
+fuzz: image ## strangers' bytes: guest protocol, edge, JSON bodies, MINUTES=10 of each, then the booted API
+	$(call say,fuzz targets: with coverage)
+	@CARGO_TARGET_DIR=$(FUZZ_TARGET) RUSTFLAGS='$(SANCOV)' $(CARGO) build --quiet --locked --profile fuzz \
+		--target x86_64-unknown-linux-gnu -p qemu-tests-fuzz --features coverage --bin fuzz
+	@$(APPLIANCE) fuzz $(FUZZ) --minutes $(MINUTES)
+
 clean: ## remove what was built; downloads, package caches and .run stay
-	rm -rf $(CARGO_TARGET_DIR) $(GUEST_TARGET) $(CACHE)/image $(CACHE)/mkosi/image $(CACHE)/vm
+	rm -rf $(CARGO_TARGET_DIR) $(GUEST_TARGET) $(FUZZ_TARGET) $(CACHE)/image $(CACHE)/mkosi/image $(CACHE)/vm

@@ -47,7 +47,7 @@ use tokio_vsock::{VMADDR_CID_ANY, VMADDR_CID_HOST, VsockAddr, VsockListener};
 use crate::layout::USER_CGROUP;
 
 /// Connections served at once.
-const CONNECTIONS: usize = 256;
+const CONNECTIONS: usize = 512;
 
 /// Everything that all connections share.
 pub struct Agent {

@@ -19,13 +19,14 @@ const TOKEN: &str = "pds_00000000000000000000000000000bee";
 const TEMPLATE: &str = "base";
 /// As [`TEMPLATE`] with 256 MiB of memory; only there for the measurements.
 const SMALL: &str = "small";
-/// Puts [`SMALL`] in the place of all of the image's templates but [`TEMPLATE`], whose disk it has: no other is baked for
-/// nothing. The daemons look at their start.
+/// Puts [`SMALL`] in the place of all of the image's templates but those that are measured, with the disk of [`TEMPLATE`]: no
+/// other is baked for nothing. The daemons look at their start.
 const ADD_SMALL: &str = r#"set -e
 at=/usr/share/pandastack/templates; size=$(($(stat -c %s $at/base/root.img) >> 20))
 mkdir -p /run/suite/image; mount --bind $at /run/suite/image; mount --make-private /run/suite/image
 mount -t tmpfs -o mode=755 suite-templates $at
-mkdir $at/base $at/small; mount --bind /run/suite/image/base $at/base
+mkdir $at/base $at/small $at/code-interpreter
+for name in base code-interpreter; do mount --bind /run/suite/image/$name $at/$name; done
 touch $at/small/root.img; mount --bind /run/suite/image/base/root.img $at/small/root.img
 printf 'name = "small"
 vcpus = 2

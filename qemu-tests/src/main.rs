@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use qemu_tests::{
-    soak,
+    download, fuzz, soak,
     workbench::{self, Workbench},
 };
 
@@ -20,6 +20,10 @@ usage: appliance COMMAND
   push --units      the same for the unit files in systemd/system
   soak [--steps N] [--seed N]
                     random state changes in a throw-away appliance, compared with a model after each
+  fuzz PROGRAM [--minutes N] [--only guest|edge|bodies|api]
+                    what strangers send, mutated, ten minutes of each; `make fuzz` builds the program
+  download [--mib N]
+                    a preview of a throw-away appliance under load: by default 1024 MiB, byte for byte
 ";
 
 fn main() -> ExitCode {
@@ -34,6 +38,8 @@ fn main() -> ExitCode {
         ["bench"] => qemu_tests::bench::run(bench.directory(), 20),
         ["bench", rounds] => qemu_tests::bench::run(bench.directory(), rounds.parse()?),
         ["soak", options @ ..] => soak::run(soak::Options::parse(options)?),
+        ["fuzz", options @ ..] => fuzz::run(bench.directory(), &fuzz::Options::parse(options)?),
+        ["download", options @ ..] => download::run(download::Options::parse(options)?),
         ["push", "--units"] => workbench::push_units(&bench),
         ["push", files @ ..] if !files.is_empty() => workbench::push(&bench, files),
         _ => {

@@ -72,6 +72,17 @@ impl Operator {
         ssh
     }
 
+    /// The words of [`Self::command`], as a JSON array: for a program that runs lines of its own.
+    ///
+    /// # Errors
+    /// When one of them is not UTF-8.
+    pub fn words(&self, port: u16) -> Result<String> {
+        let ssh = self.command(port);
+        let words: Option<Vec<&str>> =
+            std::iter::once(ssh.get_program()).chain(ssh.get_args()).map(std::ffi::OsStr::to_str).collect();
+        Ok(serde_json::to_string(&words.context("a path that is not UTF-8")?)?)
+    }
+
     /// Runs a shell line in the appliance. The caller judges the exit status.
     ///
     /// # Errors

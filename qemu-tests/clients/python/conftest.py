@@ -3,7 +3,9 @@
 PANDASTACK_API and PANDASTACK_API_KEY say which; PANDASTACK_FOREIGN_KEY is a token of another workspace.
 """
 
+import json
 import os
+import subprocess
 import sys
 import types
 
@@ -35,7 +37,16 @@ _harbor["harbor.models.task.config"].TaskOS = type("TaskOS", (), {"LINUX": "linu
 _harbor["harbor.models.task.config"].NetworkPolicy = type("NetworkPolicy", (), {})
 sys.modules.update(_harbor)
 
+import surface  # noqa: E402
+
+# Before any test module imports a name of the client.
+surface.install()
+
 from pandastack import Client, set_default_client  # noqa: E402
+
+
+def pytest_configure(config):
+    config.pluginmanager.register(surface.Recorder())
 
 
 @pytest.fixture(scope="session")
@@ -123,3 +134,16 @@ def http():
     call.base = base
     call.session = session
     return call
+
+
+@pytest.fixture(scope="session")
+def operator():
+    """Root's shell in the appliance: runs a line, which has to succeed."""
+    words = json.loads(os.environ["PANDASTACK_SHELL"])
+
+    def run(line):
+        told = subprocess.run(words + [line], capture_output=True, text=True, timeout=150, stdin=subprocess.DEVNULL)
+        assert told.returncode == 0, (line, told.stdout, told.stderr)
+        return told.stdout
+
+    return run

@@ -104,20 +104,25 @@ def test_a_service_says_what_it_is(http):
     assert request.headers["X-Request-Id"] == "abc"
 
 
-@pytest.mark.timeout(1200)
+# Long when `make fuzz` wants it.
+FUZZ_SECONDS = int(os.environ.get("SCHEMATHESIS_SECONDS", "0"))
+
+
+@pytest.mark.timeout(1200 + FUZZ_SECONDS)
 def test_schemathesis_finds_no_server_error(http, foreign):
     """In a workspace of its own: it uses every id that an answer told it."""
+    how = (["fuzz", "--max-time", str(FUZZ_SECONDS)] if FUZZ_SECONDS else
+           ["run", "--phases", "examples,coverage,fuzzing", "--max-examples", os.environ.get("SCHEMATHESIS_EXAMPLES", "5"),
+            "--generation-deterministic"])
     here = os.path.dirname(os.path.abspath(__file__))
     target = foreign.sandboxes.create(template="base")
     run = subprocess.run(
-        [os.path.join(os.path.dirname(sys.executable), "schemathesis"), "--no-color", "run", http.base + "/openapi.json",
+        [os.path.join(os.path.dirname(sys.executable), "schemathesis"), "--no-color", *how, http.base + "/openapi.json",
          "--header", "Authorization: Bearer " + os.environ["PANDASTACK_FOREIGN_KEY"],
-         "--checks", "refusals_have_their_form", "--phases", "examples,coverage,fuzzing",
-         "--max-examples", os.environ.get("SCHEMATHESIS_EXAMPLES", "5"), "--exclude-operation-id", "delete_sandbox",
-         "--exclude-operation-id", "revoke_token",
+         "--checks", "refusals_have_their_form", "--exclude-operation-id", "delete_sandbox", "--exclude-operation-id", "revoke_token",
          # Every one of these that succeeds costs seconds and memory; test_state, test_forks and test_snapshots send them wrong bodies.
-         "--exclude-path-regex", r"\{id\}/(fork|fork-tree|snapshots|hibernate|stop|pause)$", "--generation-deterministic", "--request-timeout", "60", "--workers", "1"],
-        capture_output=True, text=True, timeout=1100, cwd=here,
+         "--exclude-path-regex", r"\{id\}/(fork|fork-tree|snapshots|hibernate|stop|pause)$", "--request-timeout", "60", "--workers", "1"],
+        capture_output=True, text=True, timeout=1100 + FUZZ_SECONDS, cwd=here,
         env=os.environ | {"SCHEMATHESIS_HOOKS": "schemathesis_hooks", "PYTHONPATH": here, "SCHEMATHESIS_SANDBOX": target.id})
     for sandbox in foreign.sandboxes.list():
         sandbox.kill()

@@ -96,9 +96,9 @@ def get(url, **kwargs):
 class WebSocket:
     """The little of a client that an echo needs."""
 
-    def __init__(self, url, host=None):
+    def __init__(self, url, host=None, timeout=60):
         parts = urlsplit(url)
-        self.socket = socket.create_connection((parts.hostname, parts.port), timeout=60)
+        self.socket = socket.create_connection((parts.hostname, parts.port), timeout=timeout)
         key = base64.b64encode(os.urandom(16)).decode()
         self.socket.sendall((f"GET {parts.path} HTTP/1.1\r\nHost: {host or parts.netloc}\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
                              f"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: {key}\r\n\r\n").encode())

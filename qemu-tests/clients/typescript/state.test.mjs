@@ -1,10 +1,10 @@
 // Snapshots, forks, hibernation and volumes through the published TypeScript client, unmodified.
 import assert from "node:assert/strict";
-import { execFileSync } from "node:child_process";
-import { after, before, test } from "node:test";
-import { fileURLToPath } from "node:url";
+import { after, before } from "node:test";
 
 import { BadRequestError, Client, ExploreError, NotFoundError, Sandbox } from "@pandastack/sdk";
+
+import { cli, test } from "./surface.mjs";
 
 const client = new Client();
 const made = new Set();
@@ -118,8 +118,7 @@ test("volumes", async () => {
 });
 
 test("the command line of the same package", async () => {
-  const cli = fileURLToPath(new URL("./node_modules/@pandastack/sdk/dist/cli.js", import.meta.url));
-  const run = (...args) => execFileSync(process.execPath, [cli, "sandbox", ...args], { encoding: "utf8", timeout: 60000 });
+  const run = (...args) => cli("sandbox", ...args);
   for (const verb of ["pause", "resume", "hibernate", "wake"]) assert.match(run(verb, sandbox.id), new RegExp(sandbox.id));
   const snapshot = JSON.parse(run("snapshot", sandbox.id));
   await client.snapshots.delete(snapshot.id);

@@ -1,10 +1,11 @@
 // The published TypeScript client, unmodified. PANDASTACK_API and PANDASTACK_API_KEY say which appliance.
 import assert from "node:assert/strict";
-import { execFileSync, spawn } from "node:child_process";
-import { after, before, test } from "node:test";
-import { fileURLToPath } from "node:url";
+import { spawn } from "node:child_process";
+import { after, before } from "node:test";
 
 import { AuthError, BadRequestError, Client, NotFoundError, Sandbox, SandboxTimeout } from "@pandastack/sdk";
+
+import { CLI, cli, test } from "./surface.mjs";
 
 const client = new Client();
 let sandbox;
@@ -104,15 +105,12 @@ test("errors", async () => {
 });
 
 test("the command line of the same package", async () => {
-  const cli = fileURLToPath(new URL("./node_modules/@pandastack/sdk/dist/cli.js", import.meta.url));
-  const run = (...args) => execFileSync(process.execPath, [cli, ...args], { encoding: "utf8", timeout: 60000 });
-  assert.match(run("sandbox", "list"), new RegExp(sandbox.id.slice(0, 8)));
-  assert.match(run("sandbox", "exec", sandbox.id, "--", "echo", "from-cli"), /from-cli/);
+  assert.match(cli("sandbox", "list"), new RegExp(sandbox.id.slice(0, 8)));
+  assert.match(cli("sandbox", "exec", sandbox.id, "--", "echo", "from-cli"), /from-cli/);
 });
 
 test("a terminal from the command line", async () => {
-  const cli = fileURLToPath(new URL("./node_modules/@pandastack/sdk/dist/cli.js", import.meta.url));
-  const terminal = spawn(process.execPath, [cli, "ssh", sandbox.id], { stdio: ["pipe", "pipe", "inherit"] });
+  const terminal = spawn(process.execPath, [CLI, "ssh", sandbox.id], { stdio: ["pipe", "pipe", "inherit"] });
   terminal.stdin.write("stty size; echo $((6 * 7)) of $TERM; exit 5\r");
   let shown = "";
   for await (const part of terminal.stdout) shown += part;

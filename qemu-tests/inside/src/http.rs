@@ -37,6 +37,20 @@ impl Connection {
         Ok(String::from_utf8(answer.into_body().collect().await?.to_bytes().to_vec())?)
     }
 
+    /// How many bytes are behind a path, without a token; they are read a piece at a time and thrown away.
+    pub async fn drain(&mut self, path: &str) -> Result<u64> {
+        self.sender.ready().await?;
+        let request =
+            Request::builder().uri(path).header("host", "appliance").body(Full::from(Bytes::new()))?;
+        let answer = self.sender.send_request(request).await?;
+        ensure!(answer.status().is_success(), "GET {path}: {}", answer.status());
+        let (mut body, mut size) = (answer.into_body(), 0);
+        while let Some(frame) = body.frame().await {
+            size += frame?.data_ref().map_or(0, |data| data.len() as u64);
+        }
+        Ok(size)
+    }
+
     /// Sends a request and answers the parsed body (`Null` for none); an error for any status but 2xx.
     pub async fn call(
         &mut self,

@@ -7,16 +7,17 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context, Result, ensure};
-use qemu_tests::image;
+use anyhow::{Context, Result, bail, ensure};
+use qemu_tests::{clients, image};
 
 use crate::fixture::Fixture;
 
 pub fn python(fixture: &Fixture) -> Result<()> {
     fixture.wait_baked(Duration::from_secs(600))?;
-    let suite = Path::new(env!("CARGO_MANIFEST_DIR")).join("clients/python");
-    let python = virtual_environment(&suite.join("requirements.txt"))?;
-    let mut run = Command::new(python);
+    let _ = fs::remove_dir_all(results()?);
+    let suite = clients::python_suite();
+    install_typescript()?;
+    let mut run = Command::new(clients::python()?);
     run.args(["-m", "pytest", "-p", "no:schemathesis"]).arg(&suite).current_dir(&suite);
     if let Some(only) = std::env::var_os("PYTEST_K") {
         run.arg("-k").arg(only);
@@ -27,10 +28,46 @@ pub fn python(fixture: &Fixture) -> Result<()> {
 
 pub fn typescript(fixture: &Fixture) -> Result<()> {
     fixture.wait_baked(Duration::from_secs(600))?;
+    let copy = install_typescript()?;
+    let mut run = Command::new("node");
+    run.args(["--test", "--test-concurrency=1", "--test-reporter=spec"]).args(SUITES).current_dir(&copy);
+    finish(run, fixture)?;
+    fixture.assert_nothing_leaks()
+}
+
+/// What the clients' tests have covered is what `docs/compatibility.md` says, and every line that must work is covered.
+pub fn compatibility(_: &Fixture) -> Result<()> {
+    if std::env::var_os("PYTEST_K").is_some() {
+        eprintln!("  a part of the suite covers a part of the lines: nothing is compared");
+        return Ok(());
+    }
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let told = Command::new(clients::python()?)
+        .arg(root.join("clients/compatibility.py"))
+        .arg(results()?)
+        .arg(root.join("../docs/compatibility.md"))
+        .output()?;
+    if !told.status.success() {
+        bail!("{}{}", String::from_utf8_lossy(&told.stdout), String::from_utf8_lossy(&told.stderr));
+    }
+    Ok(())
+}
+
+const SUITES: [&str; 3] = ["suite.test.mjs", "state.test.mjs", "surface.test.mjs"];
+
+/// Where the suites say what they covered.
+fn results() -> Result<PathBuf> {
+    let at = image::cache()?.join("clients/surface");
+    fs::create_dir_all(&at)?;
+    Ok(at)
+}
+
+/// The npm package beside a copy of its suite; the Python suite uses its command line.
+fn install_typescript() -> Result<PathBuf> {
     let suite = Path::new(env!("CARGO_MANIFEST_DIR")).join("clients/typescript");
     let copy = image::cache()?.join("clients/typescript");
     fs::create_dir_all(&copy)?;
-    for file in ["package.json", ".npmrc", "suite.test.mjs", "state.test.mjs"] {
+    for file in ["package.json", ".npmrc", "surface.mjs"].iter().chain(&SUITES) {
         fs::copy(suite.join(file), copy.join(file))?;
     }
     if !copy.join("node_modules/@pandastack/sdk").exists() {
@@ -38,11 +75,7 @@ pub fn typescript(fixture: &Fixture) -> Result<()> {
             Command::new("npm").args(["install", "--silent"]).current_dir(&copy).status().context("npm")?;
         ensure!(status.success(), "npm install: {status}");
     }
-    let mut run = Command::new("node");
-    run.args(["--test", "--test-concurrency=1", "--test-reporter=spec", "suite.test.mjs", "state.test.mjs"])
-        .current_dir(&copy);
-    finish(run, fixture)?;
-    fixture.assert_nothing_leaks()
+    Ok(copy)
 }
 
 fn finish(mut run: Command, fixture: &Fixture) -> Result<()> {
@@ -52,26 +85,12 @@ fn finish(mut run: Command, fixture: &Fixture) -> Result<()> {
         .env("PANDASTACK_PREVIEW_HOST", crate::fixture::PREVIEW_SUFFIX)
         .env("PANDASTACK_API_KEY", fixture.token())
         .env("PANDASTACK_FOREIGN_KEY", fixture.foreign_token()?)
+        .env("PANDASTACK_SHELL", fixture.shell()?)
+        .env("SURFACE_RESULTS", results()?)
+        .env("NPM_PACKAGE", image::cache()?.join("clients/typescript/node_modules/@pandastack/sdk"))
         .env("HOME", fixture.directory())
         .env("PYTHONDONTWRITEBYTECODE", "1")
         .status()?;
     ensure!(status.success(), "the suite ended with {status}; its report is above");
     Ok(())
-}
-
-fn virtual_environment(requirements: &Path) -> Result<PathBuf> {
-    let at = image::cache()?.join("clients/python");
-    let (python, mark) = (at.join("bin/python"), at.join("requirements.installed"));
-    let wanted = fs::read(requirements)?;
-    if fs::read(&mark).ok().as_ref() != Some(&wanted) {
-        let _ = fs::remove_dir_all(&at);
-        let made =
-            Command::new("python3").args(["-m", "venv"]).arg(&at).status().context("python3 -m venv")?;
-        ensure!(made.success(), "python3 -m venv: {made}");
-        let status =
-            Command::new(&python).args(["-m", "pip", "install", "-q", "-r"]).arg(requirements).status()?;
-        ensure!(status.success(), "pip install: {status}");
-        fs::write(&mark, wanted)?;
-    }
-    Ok(python)
 }

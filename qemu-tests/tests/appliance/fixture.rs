@@ -74,6 +74,13 @@ impl Fixture {
         self.lock().as_ref().context("the appliance is off")?.ssh(line)
     }
 
+    /// The words that run a line in root's shell, as JSON.
+    pub fn shell(&self) -> Result<String> {
+        let guard = self.lock();
+        let running = guard.as_ref().context("the appliance is off")?;
+        running.operator.words(running.ssh_port)
+    }
+
     /// As [`Self::ssh`], with the exit code instead of an error.
     pub fn try_ssh(&self, line: &str) -> Result<(i32, String)> {
         let text = self.ssh(&format!("({line}) 2>&1; echo; echo \"exit $?\""))?;

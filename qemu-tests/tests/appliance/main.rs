@@ -42,6 +42,7 @@ const TESTS: &[Test] = &[
     ("vmm_may_manage_nothing_but_sandboxes", operator::vmm_may_manage_nothing_but_sandboxes),
     ("python_client", clients::python),
     ("typescript_client", clients::typescript),
+    ("the_compatibility_document_is_that_of_the_run", clients::compatibility),
     ("an_idle_persistent_sandbox_sleeps_until_it_is_used", sandboxes::an_idle_persistent_sandbox),
     ("a_guest_reaches_the_internet_and_nothing_else", egress::a_guest_reaches_the_internet_and_nothing_else),
     ("a_guest_that_fills_its_disk_harms_nobody", abuse::a_full_disk),

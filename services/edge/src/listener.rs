@@ -118,8 +118,8 @@ async fn accepted(
     }
 }
 
-/// HTTP/1.1 or HTTP/2, as the client begins.
-fn http<S>(
+/// Serves one connection: HTTP/1.1 or HTTP/2, as the client begins. `asked` becomes true with its first request.
+pub fn http<S>(
     stream: S,
     router: Arc<Router>,
     client: Client,

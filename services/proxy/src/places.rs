@@ -10,8 +10,8 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use crate::refusal::Refusal;
 
-/// Into one guest. Its agent serves 256 connections, of which two daemons with a proxy leave some for everything else.
-pub const PER_SANDBOX: usize = 100;
+/// Into one guest. Its agent serves 512 connections, of which two daemons with a proxy leave some for everything else.
+pub const PER_SANDBOX: usize = 224;
 /// In all.
 pub const TOTAL: usize = 4096;
 /// How long a request waits for its turn.

@@ -113,7 +113,7 @@ pub struct CellTimeout {
 
 /// What the kernels' host tells of a cell.
 #[derive(Debug, Deserialize)]
-struct Outcome {
+pub struct Outcome {
     stdout: String,
     stderr: String,
     exit: i32,

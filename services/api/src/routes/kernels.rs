@@ -115,13 +115,17 @@ impl Question {
         if self.answer.truncated {
             return Err(Unanswered::Lost(TOO_LARGE));
         }
-        let said: Said<T> =
-            serde_json::from_slice(self.answer.bytes()).map_err(|_| Unanswered::Lost(BROKEN))?;
-        match said.ok {
-            Some(value) => Ok((value, self.answer)),
-            None if said.error.is_empty() => Err(Unanswered::Lost(BROKEN)),
-            None => Err(Unanswered::Refused(said.error, said.message)),
-        }
+        understand(self.answer.bytes()).map(|value| (value, self.answer))
+    }
+}
+
+/// What a line of the kernels' host says. It was written by a guest.
+pub fn understand<T: DeserializeOwned>(line: &[u8]) -> Result<T, Unanswered> {
+    let said: Said<T> = serde_json::from_slice(line).map_err(|_| Unanswered::Lost(BROKEN))?;
+    match said.ok {
+        Some(value) => Ok(value),
+        None if said.error.is_empty() => Err(Unanswered::Lost(BROKEN)),
+        None => Err(Unanswered::Refused(said.error, said.message)),
     }
 }
 

@@ -76,6 +76,8 @@ pub struct FakeVmm {
     pub mute: AtomicBool,
     /// Consoles that are followed.
     pub consoles: Mutex<Vec<std::io::PipeWriter>>,
+    /// Whether no guest can be talked to, whatever its state.
+    pub shut: AtomicBool,
     /// Sandboxes that cannot be deleted.
     pub undeletable: Mutex<Vec<String>>,
     forks: Mutex<HashMap<String, (Vec<Child>, Fork)>>,
@@ -102,6 +104,7 @@ impl FakeVmm {
             history: Mutex::default(),
             mute: AtomicBool::new(false),
             consoles: Mutex::default(),
+            shut: AtomicBool::new(false),
             undeletable: Mutex::default(),
             forks: Mutex::default(),
             shelf,
@@ -293,6 +296,9 @@ impl VmmBackend for FakeVmm {
     async fn open_agent(&self, id: String, wake: bool) -> Result<OwnedFd> {
         self.fail()?;
         match self.change(&id, |_| ())?.state {
+            _ if self.shut.load(Ordering::Relaxed) => {
+                return Err(Error::WrongState("no agent in this test".into()));
+            }
             State::Hibernated if wake => drop(self.wake(id.clone()).await?),
             State::Running => {}
             state => return Err(Error::WrongState(format!("no agent while {}", state.as_str()))),

@@ -1,4 +1,5 @@
 //! An edge in one process: a vmm that knows one sandbox, whose guest is the real agent, and a program behind a port.
+#![allow(dead_code)]
 
 use std::{
     collections::BTreeMap,
@@ -203,6 +204,7 @@ pub struct Edge {
     pub secure: SocketAddr,
     pub vmm: Arc<OneSandbox>,
     pub backend: Backend,
+    pub router: Arc<Router>,
     _daemons: zbus::Connection,
     _state: tempfile::TempDir,
 }
@@ -254,8 +256,8 @@ impl Edge {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let secure = listener.local_addr().unwrap();
         let tls = pandastack_edge::tls::acceptor(None, state.path(), suffix).unwrap();
-        tokio::spawn(listener::serve(listener, Some(tls), router, slots, forever()));
-        Self { address, secure, vmm, backend, _daemons: daemons, _state: state }
+        tokio::spawn(listener::serve(listener, Some(tls), Arc::clone(&router), slots, forever()));
+        Self { address, secure, vmm, backend, router, _daemons: daemons, _state: state }
     }
 
     pub async fn mint(&self, port: u16, ttl_seconds: u64, paths: &[&str]) -> Minted {

@@ -9,13 +9,19 @@
 //!   pause   how long a parent stands still while it is forked
 //!   memory  what one more sandbox or fork takes
 //!   burst   many creates at once
+//!   cells   code interpreter sessions
+//!   reach   previews
+//!   reads   cheap requests
 //!   tools   what they share: calls, slots, gauges
 //! ```
 
 mod basic;
 mod burst;
+mod cells;
 mod memory;
 mod pause;
+mod reach;
+mod reads;
 mod state;
 mod tools;
 
@@ -55,6 +61,9 @@ async fn main() -> Result<()> {
     pause::measure(&mut api, &template, &small, &mut table).await.context("pauses")?;
     memory::measure(&mut api, &template, &mut table).await.context("memory")?;
     burst::measure(&mut api, &template, &mut table).await.context("a burst")?;
+    reach::measure(&mut api, &template, rounds, &mut table).await.context("previews")?;
+    reads::measure(&mut api, &template, rounds, &mut table).await.context("reads")?;
+    cells::measure(&mut api, rounds, &mut table).await.context("cells")?;
     println!("{}", serde_json::to_string(&table.0)?);
     Ok(())
 }
