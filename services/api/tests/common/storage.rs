@@ -13,8 +13,8 @@ use pandastack_bus::{
     Error, Result,
     quota::{Quota, Resource},
     storage::{
-        CaptureKind, Fill, Owner, Purpose, SnapshotInfo, SnapshotSpec, StorageBackend, TemplateInfo, TemplateSpec,
-        TemplateState, Usage, VolumeInfo, VolumeUse,
+        CaptureKind, Fill, Owner, Purpose, SnapshotInfo, SnapshotSpec, StorageBackend, TemplateInfo,
+        TemplateSpec, TemplateState, Usage, VolumeInfo, VolumeUse,
     },
     vmm::{SandboxInfo, SandboxSpec},
 };
@@ -189,7 +189,8 @@ impl StorageBackend for FakeStorage {
     async fn publish_template(&self, id: String, replace: bool) -> Result<()> {
         let mut all = self.shelf.templates.lock().unwrap();
         let made = all.get(&id).cloned().ok_or_else(|| Error::NotFound(id.clone()))?;
-        let same = |one: &TemplateInfo| one.title == made.title && one.workspace == made.workspace && !one.hidden;
+        let same =
+            |one: &TemplateInfo| one.title == made.title && one.workspace == made.workspace && !one.hidden;
         if !replace && all.values().any(same) {
             return Err(Error::Exists("template already exists".into()));
         }
@@ -223,7 +224,8 @@ impl StorageBackend for FakeStorage {
     }
 
     async fn usage(&self) -> Result<Usage> {
-        Ok(Usage { total_bytes: 1 << 40, free_bytes: 5, reserve_bytes: 7 })
+        let free_bytes = if self.shelf.full.load(Ordering::Relaxed) { 5 } else { 1 << 36 };
+        Ok(Usage { total_bytes: 1 << 40, free_bytes, reserve_bytes: 7 })
     }
 
     async fn snapshots(&self, workspace: String) -> Result<Vec<SnapshotInfo>> {
