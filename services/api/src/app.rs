@@ -22,6 +22,7 @@ use pandastack_proxy::{Proxy, touch::Touch};
 use crate::{
     audit::Audit,
     auth::Caller,
+    builds::{Builds, runner},
     bus::again,
     catalogue::Catalogue,
     fresh::Fresh,
@@ -69,6 +70,8 @@ pub struct App {
     pub guests: Arc<Guests>,
     /// How the kernels in a guest are asked.
     pub kernels: Kernels,
+    /// Builds of templates.
+    pub builds: Arc<Builds>,
     /// Hints at events.
     pub happenings: Happenings,
     /// Activity.
@@ -86,8 +89,13 @@ pub struct App {
 
 impl App {
     /// Over a bus connection on which vmm and storage are, or will be.
-    pub async fn new(bus: &zbus::Connection, tenancy: Tenancy, audit: Arc<Audit>) -> zbus::Result<Arc<Self>> {
-        Self::with_kernels(bus, tenancy, audit, Kernels::default()).await
+    pub async fn new(
+        bus: &zbus::Connection,
+        tenancy: Tenancy,
+        audit: Arc<Audit>,
+        builds: Arc<Builds>,
+    ) -> zbus::Result<Arc<Self>> {
+        Self::with_kernels(bus, tenancy, audit, builds, Kernels::default()).await
     }
 
     /// The same for guests whose kernels are asked in another way.
@@ -95,6 +103,7 @@ impl App {
         bus: &zbus::Connection,
         tenancy: Tenancy,
         audit: Arc<Audit>,
+        builds: Arc<Builds>,
         kernels: Kernels,
     ) -> zbus::Result<Arc<Self>> {
         // No property caches: nothing of ours has properties, and a daemon that is away must not fail this.
@@ -113,6 +122,7 @@ impl App {
             storage,
             catalogue: Catalogue::default(),
             kernels,
+            builds,
             happenings: Happenings::default(),
             touch,
             limiter: Limiter::default(),
@@ -152,6 +162,7 @@ impl App {
                 this.catalogue.changed();
             }
         });
+        tokio::spawn(runner::run(Arc::clone(self)));
         tokio::spawn(Arc::clone(&self.touch).run(self.vmm.clone()));
         tokio::spawn(Arc::clone(&self.proxy).follow(self.vmm.clone()));
         let guests = Arc::clone(&self.guests);

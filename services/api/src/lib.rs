@@ -6,12 +6,14 @@
 //! ```text
 //!   listener ──► gate ──► routes ──► vmm, storage (D-Bus: decisions)
 //!   (sockets)   (id, token,  └─────► guest ──► agent (a stream from vmm: bytes)
-//!                limit, log)        mcp: what a model's tool call is, the same routes behind it
+//!                limit, log)        builds: templates of workspaces, made one at a time in a machine of their own
+//!                                   mcp: what a model's tool call is, the same routes behind it
 //! ```
 
 pub mod app;
 pub mod audit;
 pub mod auth;
+pub mod builds;
 pub mod bus;
 pub mod catalogue;
 pub mod fresh;

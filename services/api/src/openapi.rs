@@ -11,7 +11,7 @@ use utoipa::{
 
 use crate::{
     routes::{
-        audit, cells, events, exec, execs, files, forks, lifecycle, logs, mcp, me, meta, orgs, ports,
+        audit, builds, cells, events, exec, execs, files, forks, lifecycle, logs, mcp, me, meta, orgs, ports,
         previews, promote, proxy, quotas, repl, sandboxes, snapshots,
         sockets::{commands, lsp, terminal},
         state, stats, templates, usage, volumes,
@@ -46,6 +46,12 @@ use crate::{
         orgs::members,
         templates::list,
         templates::get,
+        templates::delete,
+        builds::build,
+        builds::list,
+        builds::get,
+        builds::logs,
+        builds::cancel,
         sandboxes::create,
         sandboxes::list,
         sandboxes::get,

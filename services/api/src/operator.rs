@@ -13,6 +13,7 @@ use pandastack_bus::{
 use crate::{
     app::App,
     audit::Audit,
+    builds::Builds,
     bus::again,
     limit,
     scope::{Grant, Scope},
@@ -24,6 +25,7 @@ use crate::{
 pub struct Operator {
     tenancy: Tenancy,
     audit: Arc<Audit>,
+    builds: Arc<Builds>,
     vmm: VmmProxy<'static>,
     storage: StorageProxy<'static>,
 }
@@ -34,6 +36,7 @@ impl Operator {
         Self {
             tenancy: app.tenancy.clone(),
             audit: Arc::clone(&app.audit),
+            builds: Arc::clone(&app.builds),
             vmm: app.vmm.clone(),
             storage: app.storage.clone(),
         }
@@ -42,10 +45,11 @@ impl Operator {
     /// What a workspace has; whoever gets its name next must not find anything.
     async fn has(&self, workspace: &str) -> Result<Vec<String>> {
         let name = || workspace.to_owned();
-        let (sandboxes, snapshots, volumes) = tokio::join!(
+        let (sandboxes, snapshots, volumes, templates) = tokio::join!(
             again(|| self.vmm.list(name())),
             again(|| self.storage.snapshots(name())),
             again(|| self.storage.volumes(name())),
+            again(|| self.storage.templates()),
         );
         let unknown = |error| match error {
             Error::Bus(_) => Error::NotReady(
@@ -57,6 +61,14 @@ impl Operator {
             (sandboxes.map_err(unknown)?.len(), "sandboxes"),
             (snapshots.map_err(unknown)?.len(), "snapshots"),
             (volumes.map_err(unknown)?.len(), "volumes"),
+            (
+                templates.map_err(unknown)?.iter().filter(|info| info.workspace == workspace).count(),
+                "templates",
+            ),
+            (
+                self.builds.list(workspace).iter().filter(|build| !build.stage.is_over()).count(),
+                "builds under way",
+            ),
         ];
         let there = counts.iter().filter(|(count, _)| *count > 0);
         Ok(there.map(|(count, what)| format!("{count} {what}")).collect())
@@ -140,6 +152,10 @@ impl ApiBackend for Operator {
         }
         let gone = self.tenancy.delete_workspace(&name).await.map_err(bus)?;
         self.audit.forget(&name).await;
+        self.builds.forget(&name).await.map_err(|error| {
+            tracing::error!(error = %pandastack_daemon::chain(&error), "builds of a deleted workspace stay on record");
+            Error::Internal("its records of builds cannot be removed; the journal says why".into())
+        })?;
         tracing::info!(workspace = %name, "workspace deleted");
         Ok(gone)
     }

@@ -20,6 +20,7 @@ use crate::{
     app::App,
     audit::Audit,
     auth::Token,
+    builds::{Builds, Workshop, registry},
     gate::Gate,
     listener,
     operator::Operator,
@@ -30,13 +31,14 @@ use crate::{
 /// Where HTTP is served when `PANDASTACK_LISTEN` says nothing else.
 pub const ADDRESS: &str = "[::]:8080";
 const CREDENTIAL: &str = "pandastack.api_token";
+const REGISTRIES: &str = "pandastack.registries";
 const CONSOLE: &str = "/dev/console";
 
 /// Why the daemon cannot run.
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
     /// The state directory is not usable.
-    #[error("the records of workspaces and tokens cannot be opened")]
+    #[error("the records of workspaces, tokens and builds cannot be opened")]
     Records(#[from] RecordsError),
     /// The state directory is not writable.
     #[error("the first workspace cannot be made")]
@@ -47,6 +49,9 @@ pub enum StartError {
     /// The credential is there and cannot be read.
     #[error("the credential {CREDENTIAL} cannot be read")]
     Credential(#[source] io::Error),
+    /// The credential is there and cannot be read.
+    #[error("the credential {REGISTRIES} cannot be read")]
+    Registries(#[source] io::Error),
     /// The bus does not let us in.
     #[error("the bus")]
     Bus(#[from] zbus::Error),
@@ -74,7 +79,12 @@ pub async fn run(context: Context) -> Result<(), StartError> {
     tenancy.first_boot(preset.and_then(parse_preset), show).await?;
 
     let audit = Audit::open(&context.state_dir().join("audit")).map_err(StartError::Audit)?;
-    let app = App::new(&context.bus, tenancy.clone(), Arc::new(audit)).await?;
+    let (directory, registries) = (context.state_dir().join("builds"), registries(&context)?);
+    let open = move || Builds::open(&directory, registries, Workshop::default());
+    let builds = tokio::task::spawn_blocking(open)
+        .await
+        .unwrap_or_else(|error| std::panic::resume_unwind(error.into_panic()))?;
+    let app = App::new(&context.bus, tenancy.clone(), Arc::new(audit), Arc::clone(&builds)).await?;
     app.start().await?;
     let gate = Gate::new(Arc::clone(&app), routes::all(&app));
 
@@ -101,11 +111,21 @@ pub async fn run(context: Context) -> Result<(), StartError> {
     let end = async {
         tokio::select! {
             () = context.stopped() => (),
-            () = until_poisoned(|| tenancy.is_poisoned()) => (),
+            () = until_poisoned(|| tenancy.is_poisoned() || builds.is_poisoned()) => (),
         }
     };
     listener::serve(socket, gate, end).await;
-    if tenancy.is_poisoned() { Err(StartError::Poisoned) } else { Ok(()) }
+    if tenancy.is_poisoned() || builds.is_poisoned() { Err(StartError::Poisoned) } else { Ok(()) }
+}
+
+/// Registries that images may come from, as the operator lists them.
+fn registries(context: &Context) -> Result<Vec<registry::Registry>, StartError> {
+    let given = context.credential(REGISTRIES).map_err(StartError::Registries)?;
+    let list = match given {
+        Some(bytes) => String::from_utf8_lossy(&bytes).into_owned(),
+        None => std::env::var("PANDASTACK_REGISTRIES").unwrap_or_default(),
+    };
+    Ok(registry::allowed(&list))
 }
 
 fn parse_preset(bytes: Vec<u8>) -> Option<Token> {

@@ -3,6 +3,7 @@
 //! Owns: which handler belongs to which path (the list of paths is [`crate::table`]; a test holds both together).
 
 pub mod audit;
+pub mod builds;
 pub mod cells;
 pub mod command;
 pub mod events;
@@ -97,6 +98,8 @@ pub fn all(app: &Arc<App>) -> BoxedFilter<(Response,)> {
         .or(ports::routes(app))
         .unify()
         .or(previews::routes(app))
+        .unify()
+        .or(builds::routes(app))
         .unify()
         .or(templates::routes(app))
         .unify()

@@ -199,7 +199,7 @@ pub async fn specify(app: &App, wish: CreateSandbox, workspace: &str) -> Result<
     }
     let name = wish.template.unwrap_or_else(|| DEFAULT_TEMPLATE.into());
     let template = match is_name(&name) {
-        true => app.catalogue.find(&app.storage, &name).await?,
+        true => app.catalogue.find(&app.storage, workspace, &name).await?,
         false => None,
     };
     let Some(template) = template else {

@@ -17,6 +17,7 @@ use pandastack_api::{
     app::App,
     audit::Audit,
     auth::Token,
+    builds::{Builds, Workshop, registry},
     gate::Gate,
     listener,
     routes::{self, kernels::Kernels},
@@ -39,7 +40,7 @@ pub struct Appliance {
     pub edge: Arc<FakeEdge>,
     pub app: Arc<App>,
     pub daemons: zbus::Connection,
-    _state: tempfile::TempDir,
+    pub state: tempfile::TempDir,
 }
 
 impl Appliance {
@@ -72,13 +73,21 @@ impl Appliance {
         let tenancy = Tenancy::open(state.path()).unwrap();
         tenancy.first_boot(Token::parse(TOKEN), |_| unreachable!("a preset is there")).await.unwrap();
         let audit = Audit::open(&state.path().join("audit")).unwrap();
-        let app = App::with_kernels(&bus, tenancy, Arc::new(audit), kernels).await.unwrap();
+        let workshop = Workshop {
+            program: state.path().join("build").to_str().unwrap().to_owned(),
+            directory: state.path().join("work").to_str().unwrap().to_owned(),
+            mounts: state.path().join("mnt").to_str().unwrap().to_owned(),
+            ..Workshop::default()
+        };
+        let registries = registry::allowed("registry.test:5000 insecure");
+        let builds = Builds::open(&state.path().join("builds"), registries, workshop).unwrap();
+        let app = App::with_kernels(&bus, tenancy, Arc::new(audit), builds, kernels).await.unwrap();
         app.start().await.unwrap();
         let gate = Gate::new(Arc::clone(&app), routes::all(&app));
         let listener = TcpListener::bind(address).await.unwrap();
         let address = listener.local_addr().unwrap();
         tokio::spawn(listener::serve(listener, gate, std::future::pending()));
-        Self { address, vmm, storage, shelf, edge, app, daemons, _state: state }
+        Self { address, vmm, storage, shelf, edge, app, daemons, state }
     }
     /// The token of another workspace, and its public name.
     pub async fn other_workspace(&self) -> (String, String) {

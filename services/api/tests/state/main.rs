@@ -7,6 +7,7 @@ mod client;
 mod common;
 
 mod audit;
+mod builds;
 mod events;
 mod execs;
 mod forks;
