@@ -31,6 +31,8 @@ use crate::{
 const MACHINE_WAIT: Duration = Duration::from_secs(1800);
 /// How long its program may run.
 pub const PROGRAM: Duration = Duration::from_secs(1800);
+/// The program ends itself, with a sentence of its own; this much later it is ended.
+const GRACE: Duration = Duration::from_secs(60);
 /// How long the template may take to be baked.
 const BAKE: Duration = Duration::from_secs(1800);
 /// How long a short command may take, a flush of its disk included.
@@ -60,6 +62,8 @@ struct Ground {
     uses: Vec<VolumeUse>,
     /// Name behind `FROM` and volume.
     templates: BTreeMap<String, String>,
+    /// Name behind `FROM` and what such a template brings along.
+    envs: BTreeMap<String, BTreeMap<String, String>>,
     /// Name behind the last `FROM`, if the target is a clone of it.
     target_is: Option<String>,
 }
@@ -155,6 +159,7 @@ impl Work {
             again(|| storage.clone_template(template.clone(), workspace.clone(), volume.clone(), 0)).await?;
             ground.uses.push(VolumeUse { name: volume.clone(), read_only: true });
             ground.templates.insert(name.clone(), volume);
+            ground.envs.insert(name.clone(), info.env.clone());
         }
         Ok(ground)
     }
@@ -251,7 +256,7 @@ impl Work {
             ground.templates.iter().map(|(name, drive)| (name, volume(drive))).collect();
         let mut request = json!({
             "kind": kind, "source": source, "target": volume(TARGET), "target_is": ground.target_is,
-            "templates": templates,
+            "templates": templates, "template_env": ground.envs, "seconds": PROGRAM.as_secs(),
         });
         if build.kind == Kind::Dockerfile {
             request["dockerfile"] = json!(at("Dockerfile"));
@@ -280,7 +285,7 @@ impl Work {
         let sandbox = self.sandbox.clone();
         let machine = Machine { app: &app, sandbox: &sandbox };
         let argv = [workshop.program.as_str(), &request];
-        let run = machine.run(&argv, PROGRAM, Some((&app.builds, self.log().await?)));
+        let run = machine.run(&argv, PROGRAM + GRACE, Some((&app.builds, self.log().await?)));
         match unless_cancelled(&app, &build.id, run).await? {
             Ended { timed_out: true, .. } => {
                 Err(Fault::why(format!("the build took over {} minutes", PROGRAM.as_secs() / 60)))
