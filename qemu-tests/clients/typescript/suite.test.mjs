@@ -117,3 +117,30 @@ test("a terminal from the command line", async () => {
   assert.match(shown, /24 80\r?\n42 of xterm-256color/);
   assert.doesNotMatch(shown, /"exit"/);
 });
+
+test("a Dockerfile becomes a template, with its log", { timeout: 1800_000 }, async () => {
+  const name = "suite-ts";
+  const build = await client.templates.buildFromDockerfile({
+    name,
+    dockerfile: "FROM base\nCOPY sub/a.txt /a.txt\n",
+    context: { "sub/a.txt": "from a client that names files by their last part\n" },
+    sizeMb: 128,
+  });
+  try {
+    const lines = [];
+    for await (const line of client.templates.buildLogs(build.id)) lines.push(line);
+    assert.equal((await client.templates.waitForBuild(build.id, { timeoutMs: 1500_000 })).status, "done", lines.join("\n"));
+    assert.equal(lines.at(-1), "==> done");
+    const made = await Sandbox.create({ template: name }, client);
+    try {
+      assert.match((await made.exec("cat /a.txt")).stdout, /last part/);
+    } finally {
+      await made.kill();
+    }
+    assert.ok((await client.templates.builds()).some((one) => one.id === build.id));
+  } finally {
+    await client.templates.delete(name);
+  }
+  await assert.rejects(client.templates.get(name), NotFoundError);
+  await assert.rejects(client.templates.delete("base"), AuthError);
+});

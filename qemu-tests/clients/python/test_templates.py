@@ -1,0 +1,230 @@
+"""Templates of a workspace: built in a machine of their own, baked, used, replaced, deleted."""
+
+import io
+import itertools
+import os
+import tarfile
+
+import pytest
+import requests
+from pandastack.exceptions import AuthError, BadRequestError, NotFoundError
+from pandastack.templates import TemplateBuildError
+
+NUMBER = itertools.count()
+# The first build bakes the template of the build machine, which takes minutes under emulation.
+PATIENCE = 1500
+
+pytestmark = pytest.mark.timeout(PATIENCE + 300)
+
+DOCKERFILE = """\
+# What a template may be made of.
+ARG GREETING=hello
+FROM base AS tools
+RUN mkdir -p /out && echo built > /out/tool
+
+FROM base
+LABEL purpose="suite"
+ENV SUITE=yes \\
+    COLOUR=green
+WORKDIR /srv/app
+COPY sub/a.txt ./a.txt
+COPY sub /srv/all
+COPY --from=tools /out/tool /usr/local/share/tool
+RUN echo "from $SUITE in $(pwd)" > made.txt
+RUN useradd --create-home worker
+USER worker
+RUN id -un > /home/worker/me
+USER root
+RUN printf '%s\\n' one \\
+    two > /srv/lines
+EXPOSE 8000
+CMD ["cat", "made.txt"]
+"""
+
+
+@pytest.fixture
+def name(client):
+    """Names for templates; what is left of them is deleted."""
+    made = []
+
+    def fresh():
+        made.append(f"suite-{next(NUMBER)}")
+        return made[-1]
+
+    yield fresh
+    for one in made:
+        try:
+            client.templates.delete(one)
+        except NotFoundError:
+            pass
+
+
+@pytest.fixture
+def context(tmp_path):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "a.txt").write_text("the file\n")
+    (tmp_path / "name").write_text("called as a field of the form\n")
+    return tmp_path
+
+
+def small_archive(shared):
+    """A root file system of a shell and a cat, out of a sandbox."""
+    files = "bin/sh bin/cat lib64/ld-linux-x86-64.so.2 lib/x86_64-linux-gnu/libc.so.6 etc/passwd"
+    shared.exec(f"tar -C / -chf /tmp/small.tar {files}", check=True)
+    archive = shared.filesystem.read("/tmp/small.tar")
+    shared.exec("rm /tmp/small.tar")
+    return archive
+
+
+def test_a_dockerfile_becomes_a_template_that_restores(client, http, name, context, making):
+    made = client.templates.build_from_dockerfile(name := name(), DOCKERFILE, context_dir=str(context), memory_mb=512)
+    assert made.status == "queued" and made.name == name
+
+    lines = list(client.templates.build_logs(made.id))
+    done = client.templates.wait_for_build(made.id, timeout_seconds=PATIENCE)
+
+    assert done.is_done and lines[-1] == "==> done", lines
+    assert list(client.templates.build_logs(made.id, follow=False)) == lines
+    assert made.id in [one.id for one in client.templates.builds()]
+    template = client.templates.get(name)
+    assert (template.is_global, template.memory_mb, template.workspace) == (False, 512, "default")
+    listed = [one.name for one in client.templates.list()]
+    assert listed.index(name) > listed.index("code-interpreter") and "builder" not in listed
+    sandbox = making(client.sandboxes.create(template=name))
+    assert sandbox.template == name
+    assert http("GET", f"/v1/sandboxes/{sandbox.id}").json()["boot_mode"] == "snapshot"
+    shown = sandbox.exec("cat /srv/app/a.txt /srv/app/made.txt /srv/all/a.txt /usr/local/share/tool /home/worker/me /srv/lines; echo $COLOUR")
+    assert shown.stdout == "the file\nfrom yes in /srv/app\nthe file\nbuilt\nworker\none\ntwo\ngreen\n"
+
+    snapshot = sandbox.snapshot()
+    client.templates.delete(name)
+    with pytest.raises(NotFoundError):
+        client.templates.get(name)
+    with pytest.raises(BadRequestError):
+        client.sandboxes.create(template=name)
+    assert sandbox.exec("echo on").stdout == "on\n"
+    child = making(client.sandboxes.create(from_snapshot=snapshot))
+    assert (child.template, child.exec("cat /srv/app/a.txt").stdout) == (name, "the file\n")
+    http("DELETE", f"/v1/snapshots/{snapshot}")
+
+
+def test_an_archive_becomes_a_template_and_is_replaced(client, http, name, shared, tmp_path, making):
+    path, name = tmp_path / "rootfs.tar", name()
+    path.write_bytes(small_archive(shared))
+    built = client.templates.build(name, rootfs_tar=str(path), size_mb=128, timeout_seconds=PATIENCE)
+    assert built.is_done, built
+    before = making(client.sandboxes.create(template=name))
+    assert before.exec("cat /etc/passwd").stdout.startswith("root:")
+    with pytest.raises(BadRequestError, match="replace=true"):
+        client.templates.build_from_dockerfile(name, "FROM base\n")
+
+    form = {"name": name, "dockerfile": f"FROM {name}\nRUN echo second > /second\n", "size_mb": "128"}
+    answer = http("POST", "/v1/templates/build?replace=true", data=form)
+    assert answer.status_code == 202, answer.text
+    client.templates.wait_for_build(answer.json()["id"], timeout_seconds=PATIENCE)
+
+    after = making(client.sandboxes.create(template=name))
+    assert after.exec("cat /second").stdout == "second\n"
+    assert before.exec("cat /second 2>/dev/null; echo $?").stdout == "1\n"
+
+
+def test_a_build_that_fails_says_why_and_leaves_nothing(client, http, name):
+    def volumes():
+        return http("GET", "/v1/volumes").json()
+
+    before = volumes()
+    for dockerfile, word in (("FROM base\nRUN false\n", ""), ("FROM nobody-has-this\n", "nobody-has-this"), ("NONSENSE\n", "")):
+        made = client.templates.build_from_dockerfile(failing := name(), dockerfile)
+        with pytest.raises(TemplateBuildError) as failed:
+            client.templates.wait_for_build(made.id, timeout_seconds=PATIENCE)
+        assert word in str(failed.value)
+        with pytest.raises(NotFoundError):
+            client.templates.get(failing)
+    assert volumes() == before
+
+
+def test_a_build_is_cancelled(client, http, name):
+    made = client.templates.build_from_dockerfile(name(), "FROM base\nRUN sleep 1000\n")
+    answer = http("POST", f"/v1/templates/builds/{made.id}/cancel")
+    assert answer.status_code == 200, answer.text
+    with pytest.raises(TemplateBuildError, match="cancelled"):
+        client.templates.wait_for_build(made.id, timeout_seconds=PATIENCE)
+    assert http("POST", f"/v1/templates/builds/{made.id}/cancel").status_code == 409
+
+
+def test_a_hostile_archive_is_contained(client, name, shared, tmp_path):
+    whole = io.BytesIO(small_archive(shared))
+    with tarfile.open(fileobj=whole, mode="a") as archive:
+        for path, kind, target in (
+            ("../../../../escaped", tarfile.REGTYPE, ""),
+            ("/absolute", tarfile.REGTYPE, ""),
+            ("link", tarfile.SYMTYPE, "/work"),
+            ("link/through", tarfile.REGTYPE, ""),
+            ("hard", tarfile.LNKTYPE, "../../etc/shadow"),
+            ("dev/sda", tarfile.BLKTYPE, ""),
+        ):
+            entry = tarfile.TarInfo(path)
+            entry.type, entry.linkname = kind, target
+            archive.addfile(entry, io.BytesIO())
+    path = tmp_path / "hostile.tar"
+    path.write_bytes(whole.getvalue())
+
+    built = client.templates.build(name(), rootfs_tar=str(path), size_mb=128, timeout_seconds=PATIENCE)
+
+    # Refused, or contained: either way it is over, and the next build is not disturbed.
+    assert built.is_terminal
+    clean = client.templates.build_from_dockerfile(name(), "FROM base\n")
+    assert client.templates.wait_for_build(clean.id, timeout_seconds=PATIENCE).is_done
+
+
+def test_hostile_names_and_sizes_are_refused(client, http):
+    def build(fields, files=None):
+        return http("POST", "/v1/templates/build", data=fields, files=files)
+
+    good = {"name": "hostile", "dockerfile": "FROM base"}
+    before = len(client.templates.builds())
+    for fields in ({}, {"name": "hostile"}, {**good, "name": ".."}, {**good, "name": "builds"}, {**good, "name": "a/b"},
+                   {**good, "size_mb": "16385"}, {**good, "size_mb": "x"}, {**good, "cpu": "65"}, {**good, "memory_mb": "1"}):
+        assert build(fields).status_code == 400, fields
+    for path in ("../x", "/etc/x", "a/../../x", "a//x"):
+        answer = build(good, {path: (path, b"x")})
+        assert answer.status_code == 400 and answer.json()["error"], (path, answer.text)
+    large = build(good, {"large": ("large", bytes(51 << 20))})
+    assert large.status_code == 413, large.text
+    assert build({**good, "name": "base"}).status_code == 409
+    assert build({**good, "name": "base", "replace": "true"}).status_code == 403
+    with pytest.raises(BadRequestError, match="global templates cannot be deleted"):
+        client.templates.delete("base")
+    assert len(client.templates.builds()) == before
+
+
+def test_an_image_is_refused_outside_of_the_operators_list(client):
+    for image in ("debian", "registry.example.com/team/app:1", "us-central1-docker.pkg.dev/p/r/n:1"):
+        with pytest.raises(BadRequestError, match="operator"):
+            client.templates.register("image", image)
+    with pytest.raises(BadRequestError):
+        client.templates.register("image", "not a reference")
+
+
+def test_the_appliances_own_template_and_a_foreign_one_are_nobodys(client, foreign, http, name):
+    made = client.templates.build_from_dockerfile(name := name(), "FROM base\n")
+    client.templates.wait_for_build(made.id, timeout_seconds=PATIENCE)
+    for call in (lambda: foreign.templates.get(name), lambda: foreign.templates.delete(name),
+                 lambda: foreign.templates.get_build(made.id), lambda: client.templates.get("builder"),
+                 lambda: client.templates.delete("builder")):
+        with pytest.raises(NotFoundError):
+            call()
+    for who, template in ((foreign, name), (client, "builder")):
+        with pytest.raises((BadRequestError, AuthError)):
+            who.sandboxes.create(template=template)
+    assert name not in [one.name for one in foreign.templates.list()]
+    assert made.id not in [one.id for one in foreign.templates.builds()]
+    theirs = requests.get(http.base + f"/v1/templates/builds/{made.id}/logs", timeout=60,
+                          headers={"Authorization": "Bearer " + os.environ["PANDASTACK_FOREIGN_KEY"]})
+    assert theirs.status_code == 404
+    # Of the two, each has its own.
+    their = foreign.templates.build_from_dockerfile(name, "FROM base\nRUN echo theirs > /whose\n")
+    foreign.templates.wait_for_build(their.id, timeout_seconds=PATIENCE)
+    assert client.templates.get(name).workspace != foreign.templates.get(name).workspace
+    foreign.templates.delete(name)
+    assert client.templates.get(name).name == name
