@@ -152,8 +152,12 @@ impl<W: World> Manager<W> {
             let snapshot = self.world.storage().snapshot(spec.snapshot.clone()).await?;
             return from_snapshot(request, spec, &snapshot);
         }
-        let template =
+        let mut template =
             self.catalogue.baked(self.world.storage(), &spec.template, accepted + BAKE_WAIT).await?;
+        if !may_use(&spec.workspace, &template) {
+            // The copy may be older than its publication.
+            template = self.world.storage().template(spec.template.clone()).await?;
+        }
         if !may_use(&spec.workspace, &template) {
             return Err(unknown(&spec.template));
         }

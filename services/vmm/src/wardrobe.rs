@@ -40,9 +40,12 @@ impl Asked {
 
     /// How often each of these templates was asked for lately; once each, as long as none was.
     pub fn votes<'a>(&self, templates: impl Iterator<Item = &'a str>) -> BTreeMap<String, usize> {
+        // Before the lock is taken: whoever chooses among them may ask us, too.
+        let templates: Vec<_> = templates.collect();
         let asked = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let count = |name: &str| asked.iter().filter(|template| *template == name).count();
-        let mut votes: BTreeMap<_, _> = templates.map(|name| (name.to_owned(), count(name))).collect();
+        let mut votes: BTreeMap<_, _> =
+            templates.into_iter().map(|name| (name.to_owned(), count(name))).collect();
         if votes.values().all(|count| *count == 0) {
             votes.values_mut().for_each(|count| *count = 1);
         }
@@ -127,6 +130,16 @@ mod tests {
         assert_eq!(share([7, 1, 0], 2), [2, 0, 0]);
         assert_eq!(share([0, 8, 0], 3), [0, 3, 0]);
         assert_eq!(share([0, 0, 0], 3), [0, 0, 0]);
+    }
+
+    #[test]
+    fn who_is_asked_about_may_depend_on_what_was_asked_for() {
+        let asked = Asked::default();
+        asked.note("b");
+
+        let votes = asked.votes(NAMES.into_iter().filter(|name| asked.has(name)));
+
+        assert_eq!(votes, BTreeMap::from([("b".to_owned(), 1)]));
     }
 
     #[test]

@@ -128,7 +128,7 @@ impl Work {
         })?;
         self.note("preparing the build machine").await?;
         let ground = self.lay_out(build, &upload).await?;
-        self.sandbox = self.machine(build, &upload, ground.uses.clone()).await?;
+        self.sandbox = self.machine(build, ground.uses.clone()).await?;
         let app = Arc::clone(&self.app);
         unless_cancelled(&app, &build.id, self.fill(build, &upload, &ground)).await
     }
@@ -165,25 +165,16 @@ impl Work {
     }
 
     /// A sandbox of the builder's template; waits until there is room and that template is baked.
-    async fn machine(
-        &mut self,
-        build: &Build,
-        upload: &Upload,
-        uses: Vec<VolumeUse>,
-    ) -> Result<String, Fault> {
+    async fn machine(&mut self, build: &Build, uses: Vec<VolumeUse>) -> Result<String, Fault> {
         let template = self.builds().workshop.template.clone();
-        let info = match again(|| self.app.storage.template(template.clone())).await {
-            Err(Error::NotFound(_)) => {
-                return Err(Fault::why("this appliance has no template with the program that builds others"));
-            }
-            other => other?,
-        };
-        let uploaded: u64 = upload.parts.iter().map(|part| part.size).sum();
-        let more = match build.kind {
-            Kind::Dockerfile => 0,
-            Kind::Rootfs => uploaded.div_ceil(1 << 20) + 64,
-            Kind::Reference => build.size_mib,
-        };
+        if let Err(error) = again(|| self.app.storage.template(template.clone())).await {
+            return Err(match error {
+                Error::NotFound(_) => {
+                    Fault::why("this appliance has no template with the program that builds others")
+                }
+                other => other.into(),
+            });
+        }
         let spec = SandboxSpec {
             workspace: BUILDS.into(),
             template,
@@ -191,7 +182,8 @@ impl Work {
                 .into(),
             ttl_seconds: IDLE,
             persistent: false,
-            disk_mib: if more > 0 { info.disk_mib + more } else { 0 },
+            // Its template's, which is large and takes what is written.
+            disk_mib: 0,
             snapshot: String::new(),
             volumes: uses,
         };

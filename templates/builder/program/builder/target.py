@@ -7,7 +7,6 @@ that it is only ever looked at and changed from inside (confined.py) or by rsync
 import contextlib
 import errno
 import os
-import stat
 import subprocess
 import tempfile
 
@@ -33,16 +32,21 @@ class Target:
 
     def copy(self, root, layers):
         """Makes the target like `root`, of which `layers` are the directories with what the build has changed."""
-        say("Copying the changes into the root disk." if self.is_copy else "Copying the image into the root disk.")
         excluded = [f"--exclude={pattern}" for pattern in NOT_COPIED]
-        self.rsync("--delete-before", *excluded, f"{root}/", f"{self.path}/")
-        if self.is_copy:
-            # What has kept its size and its time may have other bytes all the same.
-            with tempfile.NamedTemporaryFile() as names:
-                for name in changed(root, layers):
-                    names.write(os.fsencode(name) + b"\0")
-                names.flush()
-                self.rsync("--checksum", "--from0", f"--files-from={names.name}", *excluded, f"{root}/", f"{self.path}/")
+        names = changed(root, layers, self.path) if self.is_copy else None
+        if names is None:
+            say("Copying the image into the root disk.")
+            self.rsync("--delete-before", *excluded, f"{root}/", f"{self.path}/")
+            return
+        # The rest is the same already, and looking at all of it takes longer than most builds. What has kept its size and its
+        # time may have other bytes, and what is not there any more is deleted.
+        say("Copying the changes into the root disk.")
+        with tempfile.NamedTemporaryFile() as file:
+            for name in names:
+                file.write(os.fsencode(name) + b"\0")
+            file.flush()
+            self.rsync("--checksum", "--force", "--delete-missing-args", "--from0", f"--files-from={file.name}", *excluded,
+                       f"{root}/", f"{self.path}/")
 
     def rsync(self, *arguments):
         code, last = run(["rsync", "-aHAX", "--numeric-ids", *arguments],
@@ -73,18 +77,40 @@ class Target:
         return (state.f_blocks - state.f_bfree) * state.f_frsize
 
 
-def changed(root, layers):
-    """Names of the regular files below `root` that one of the layers has."""
+def changed(root, layers, below):
+    """Every name that may differ between `root` and `below`, which is what the layers stand on: each that a layer has, be it only to
+    say that it is gone, and each that was in a directory that a layer has made anew. None where a layer says that a directory
+    came from somewhere else."""
+    names = set()
     for layer in layers:
-        for folder, _, files in os.walk(layer):
+        for folder, folders, files in os.walk(layer):
             inner = os.path.relpath(folder, layer)
             place = os.path.normpath(os.path.join(root, inner))
-            # A later layer may have put a link in the folder's place; what it leads to has its own name.
-            if os.path.realpath(place) == place:
-                for file in files:
-                    with contextlib.suppress(FileNotFoundError):
-                        if stat.S_ISREG(os.lstat(os.path.join(place, file)).st_mode):
-                            yield os.path.join(inner, file)
+            if attribute(folder, "redirect"):
+                return None
+            # A later layer may have put a link in the folder's place, which has its own name.
+            if os.path.realpath(place) != place:
+                folders.clear()
+                continue
+            names.update(os.path.normpath(os.path.join(inner, name)) for name in (*folders, *files))
+            if attribute(folder, "opaque") == b"y":
+                names.update(everything(below, inner))
+    return names
+
+
+def everything(below, inner):
+    """All names in a directory."""
+    start = os.path.normpath(os.path.join(below, inner))
+    if os.path.realpath(start) == start:
+        for folder, folders, files in os.walk(start):
+            yield from (os.path.relpath(os.path.join(folder, name), below) for name in (*folders, *files))
+
+
+def attribute(folder, name):
+    """What overlay says of a directory of a layer."""
+    with contextlib.suppress(OSError):
+        return os.getxattr(folder, f"trusted.overlay.{name}")
+    return None
 
 
 def _finish(workdir):
