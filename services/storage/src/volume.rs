@@ -37,6 +37,7 @@ use crate::{
     mkfs,
     place::{Place, children, clone_file, create, remove_tree, same_file},
     sandbox,
+    template::TemplateName,
 };
 
 /// Largest volume, MiB.
@@ -483,12 +484,11 @@ fn check(workspace: &str, name: &str, size_mib: u64) -> Result<()> {
 }
 
 fn check_name(workspace: &str, name: &str) -> Result<()> {
-    let good = (1..=64).contains(&name.len())
-        && !matches!(name, "." | "..")
-        && name.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b'-'));
-    if !good {
-        let text = "a volume's name has 1 to 64 of A-Z, a-z, 0-9, '.', '_' and '-'";
-        return Err(StorageError::Invalid(text.into()));
+    // The same rule.
+    if name.parse::<TemplateName>().is_err() {
+        return Err(StorageError::Invalid(
+            "a volume's name has 1 to 64 of A-Z, a-z, 0-9, '.', '_' and '-'".into(),
+        ));
     }
     if workspace.is_empty() || workspace.len() > 256 {
         return Err(StorageError::Invalid("a volume belongs to a workspace".into()));
