@@ -20,6 +20,7 @@ pub mod network;
 pub mod quota;
 pub mod storage;
 pub mod systemd;
+mod template;
 pub mod vmm;
 
 pub use error::{Error, Result};

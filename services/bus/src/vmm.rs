@@ -21,7 +21,7 @@ pub const PATH: &str = "/ai/pandastack/vmm1";
 pub struct SandboxSpec {
     /// Tenant that owns the sandbox.
     pub workspace: String,
-    /// Name of a template, never an alias.
+    /// Name of a template as the daemons call it, never an alias; the sandbox keeps its title.
     pub template: String,
     /// The caller's labels, `secret.` keys included.
     pub metadata: BTreeMap<String, String>,

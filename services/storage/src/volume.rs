@@ -37,6 +37,7 @@ use crate::{
     mkfs,
     place::{Place, children, clone_file, create, remove_tree, same_file},
     sandbox,
+    template::TemplateName,
 };
 
 /// Largest volume, MiB.
@@ -483,17 +484,13 @@ fn check(workspace: &str, name: &str, size_mib: u64) -> Result<()> {
 }
 
 fn check_name(workspace: &str, name: &str) -> Result<()> {
-    let good = (1..=64).contains(&name.len())
-        && !matches!(name, "." | "..")
-        && name.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b'-'));
-    if !good {
-        let text = "a volume's name has 1 to 64 of A-Z, a-z, 0-9, '.', '_' and '-'";
-        return Err(StorageError::Invalid(text.into()));
-    }
-    if workspace.is_empty() || workspace.len() > 256 {
-        return Err(StorageError::Invalid("a volume belongs to a workspace".into()));
-    }
-    Ok(())
+    // A template's name is made by the same rule.
+    let why = match name.parse::<TemplateName>() {
+        Err(_) => "a volume's name has 1 to 64 of A-Z, a-z, 0-9, '.', '_' and '-'",
+        Ok(_) if workspace.is_empty() || workspace.len() > 256 => "a volume belongs to a workspace",
+        Ok(_) => return Ok(()),
+    };
+    Err(StorageError::Invalid(why.into()))
 }
 
 fn read<T: serde::de::DeserializeOwned>(path: &Path) -> Result<T> {

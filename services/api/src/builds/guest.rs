@@ -236,7 +236,7 @@ mod tests {
         assert_eq!((found.workdir.as_str(), found.bytes, found.env["PATH"].as_str()), ("/", 5, "/bin"));
         for bad in [
             "",
-            "[]",
+            "5",
             r#"{"workdir":"x"}"#,
             r#"{"workdir":"/\u0000"}"#,
             r#"{"env":{"A=B":""}}"#,

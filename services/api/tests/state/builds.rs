@@ -281,7 +281,7 @@ async fn names_that_are_taken_and_too_many_builds_are_refused() {
     let operator = pandastack_api::operator::Operator::new(&appliance.app);
     let busy = pandastack_bus::api::ApiBackend::delete_workspace(&operator, "default".into()).await;
     assert!(
-        matches!(busy, Err(Error::WrongState(text)) if text.contains("1 templates") && text.contains("builds"))
+        matches!(busy, Err(Error::WrongState(text)) if text.contains("2 templates") && text.contains("builds"))
     );
     appliance.shelf.full.store(true, Ordering::Relaxed);
     let (token, _) = appliance.other_workspace().await;
