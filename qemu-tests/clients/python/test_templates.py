@@ -11,6 +11,8 @@ from pandastack.exceptions import AuthError, BadRequestError, NotFoundError
 from pandastack.templates import TemplateBuildError
 
 NUMBER = itertools.count()
+# Every build takes a minute or more under emulation.
+LONG = os.environ.get("SUITE") == "long"
 # The first build bakes the template of the build machine, which takes minutes under emulation.
 PATIENCE = 1500
 
@@ -108,15 +110,23 @@ def test_a_dockerfile_becomes_a_template_that_restores(client, http, name, conte
     http("DELETE", f"/v1/snapshots/{snapshot}")
 
 
-def test_an_archive_becomes_a_template_and_is_replaced(client, http, name, shared, tmp_path, making):
+def test_an_archive_becomes_a_template(client, name, shared, tmp_path, making):
     path, name = tmp_path / "rootfs.tar", name()
     path.write_bytes(small_archive(shared))
     built = client.templates.build(name, rootfs_tar=str(path), size_mb=128, timeout_seconds=PATIENCE)
     assert built.is_done, built
-    before = making(client.sandboxes.create(template=name))
-    assert before.exec("cat /etc/passwd").stdout.startswith("root:")
+    sandbox = making(client.sandboxes.create(template=name))
+    assert sandbox.exec("cat /etc/passwd").stdout.startswith("root:")
     with pytest.raises(BadRequestError, match="replace=true"):
         client.templates.build_from_dockerfile(name, "FROM base\n")
+
+
+@pytest.mark.skipif(not LONG, reason="two more builds")
+def test_a_template_is_replaced(client, http, name, shared, tmp_path, making):
+    path, name = tmp_path / "rootfs.tar", name()
+    path.write_bytes(small_archive(shared))
+    client.templates.build(name, rootfs_tar=str(path), size_mb=128, timeout_seconds=PATIENCE)
+    before = making(client.sandboxes.create(template=name))
 
     form = {"name": name, "dockerfile": f"FROM {name}\nRUN echo second > /second\n", "size_mb": "128"}
     answer = http("POST", "/v1/templates/build?replace=true", data=form)
@@ -152,7 +162,7 @@ def test_a_build_is_cancelled(client, http, name):
     assert http("POST", f"/v1/templates/builds/{made.id}/cancel").status_code == 409
 
 
-@pytest.mark.skipif(os.environ.get("SUITE") != "long", reason="two more builds; templates/test_builder.py has every hostile archive")
+@pytest.mark.skipif(not LONG, reason="two more builds; templates/test_builder.py has every hostile archive")
 def test_a_hostile_archive_is_contained(client, name, shared, tmp_path):
     whole = io.BytesIO(small_archive(shared))
     with tarfile.open(fileobj=whole, mode="a") as archive:
@@ -224,8 +234,15 @@ def test_the_appliances_own_template_and_a_foreign_one_are_nobodys(client, forei
     theirs = requests.get(http.base + f"/v1/templates/builds/{made.id}/logs", timeout=60,
                           headers={"Authorization": "Bearer " + os.environ["PANDASTACK_FOREIGN_KEY"]})
     assert theirs.status_code == 404
-    # Of the two, each has its own.
-    foreign.templates.build(name, rootfs_tar=str(path), size_mb=128, timeout_seconds=PATIENCE)
+
+
+@pytest.mark.skipif(not LONG, reason="two more builds")
+def test_two_workspaces_have_each_their_own_of_one_name(client, foreign, name, shared, tmp_path):
+    path, name = tmp_path / "rootfs.tar", name()
+    path.write_bytes(small_archive(shared))
+    for who in (client, foreign):
+        who.templates.build(name, rootfs_tar=str(path), size_mb=128, timeout_seconds=PATIENCE)
+
     assert client.templates.get(name).workspace != foreign.templates.get(name).workspace
     foreign.templates.delete(name)
     assert client.templates.get(name).name == name
