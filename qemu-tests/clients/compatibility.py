@@ -47,6 +47,7 @@ passed on the booted appliance. A run that covers other lines fails and says how
 | passes | a call of it returned in the named test, which passed |
 | client-side | it fails inside the client, or needs a Docker engine beside it; the named test shows that |
 | not yet | belongs to functions, schedules, databases or apps |
+| **untested** | no test that passed has called it yet |
 """
 
 
