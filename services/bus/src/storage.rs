@@ -19,6 +19,9 @@ pub const PATH: &str = "/ai/pandastack/storage1";
 /// and what it is then. It is in the key of every bake, because a restored machine has the configuration it was baked with.
 pub const MACHINE_FORM: &str = "da227512df717fd7";
 
+/// The workspace in which builds of templates run. No tenant can have this name, because it is no DNS label.
+pub const BUILDS: &str = "_builds";
+
 /// How far a template is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, Type)]
 #[zvariant(signature = "s")]
@@ -37,8 +40,16 @@ pub enum TemplateState {
 /// A template as the catalogue knows it.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, Type)]
 pub struct TemplateInfo {
-    /// Its name.
+    /// What the daemons call it: for a template of a workspace's own an id, which no user sees.
     pub name: String,
+    /// What its users call it: the same as `name` for one that is for all.
+    pub title: String,
+    /// Owner; empty: it is for all.
+    pub workspace: String,
+    /// Not in any list, and nobody's to create from: it is for the appliance itself, or not finished.
+    pub hidden: bool,
+    /// When a workspace made it, Unix milliseconds; 0 for one that is for all.
+    pub created_unix_ms: u64,
     /// Other names by which it may be asked for.
     pub aliases: Vec<String>,
     /// One sentence.
@@ -65,6 +76,25 @@ pub struct TemplateInfo {
     pub state: TemplateState,
     /// Why it failed; empty otherwise.
     pub reason: String,
+}
+
+/// What a template of a workspace's own shall be; its root disk is a volume.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, Type)]
+pub struct TemplateSpec {
+    /// What the daemons call it, chosen by the caller, of the form of [`crate::SandboxId`].
+    pub id: String,
+    /// Owner.
+    pub workspace: String,
+    /// What its owner calls it: `[A-Za-z0-9._-]{1,64}`, neither `.` nor `..`.
+    pub title: String,
+    /// Virtual processors, 1 to 32.
+    pub vcpus: u32,
+    /// Guest memory in MiB, 64 to 1048576.
+    pub memory_mib: u64,
+    /// Environment of every exec.
+    pub env: BTreeMap<String, String>,
+    /// Where an exec starts; an absolute path.
+    pub workdir: String,
 }
 
 /// What fills the directory of a sandbox.
@@ -194,6 +224,23 @@ pub trait StorageBackend: Send + Sync + 'static {
     /// See [`Storage`].
     fn template(&self, name: String) -> impl Future<Output = Result<TemplateInfo>> + Send;
     /// See [`Storage`].
+    fn find_template(
+        &self,
+        workspace: String,
+        name: String,
+    ) -> impl Future<Output = Result<TemplateInfo>> + Send;
+    /// See [`Storage`].
+    fn adopt_template(
+        &self,
+        workspace: String,
+        volume: String,
+        spec: TemplateSpec,
+    ) -> impl Future<Output = Result<TemplateInfo>> + Send;
+    /// See [`Storage`].
+    fn publish_template(&self, id: String, replace: bool) -> impl Future<Output = Result<()>> + Send;
+    /// See [`Storage`].
+    fn delete_template(&self, workspace: String, id: String) -> impl Future<Output = Result<bool>> + Send;
+    /// See [`Storage`].
     fn prepare(&self, id: String) -> impl Future<Output = Result<bool>> + Send;
     /// See [`Storage`].
     fn fill(
@@ -242,6 +289,14 @@ pub trait StorageBackend: Send + Sync + 'static {
     /// See [`Storage`].
     fn create_volume(
         &self,
+        workspace: String,
+        name: String,
+        size_mib: u64,
+    ) -> impl Future<Output = Result<VolumeInfo>> + Send;
+    /// See [`Storage`].
+    fn clone_template(
+        &self,
+        template: String,
         workspace: String,
         name: String,
         size_mib: u64,
@@ -300,14 +355,43 @@ pub struct Storage<B>(pub Arc<B>);
     proxy(default_service = "ai.pandastack.storage1", default_path = "/ai/pandastack/storage1")
 )]
 impl<B: StorageBackend> Storage<B> {
-    /// The catalogue, by name.
+    /// The catalogue, by name, hidden ones included.
     async fn templates(&self) -> Result<Vec<TemplateInfo>> {
         self.0.templates().await
     }
 
-    /// One template by name or alias.
+    /// One template by name or alias, whosever it is; hidden ones, too.
     async fn template(&self, name: String) -> Result<TemplateInfo> {
         self.0.template(name).await
+    }
+
+    /// The template that a workspace means by a name: its own of that title, otherwise the one for all of that name or
+    /// alias. Never a hidden one.
+    async fn find_template(&self, workspace: String, name: String) -> Result<TemplateInfo> {
+        self.0.find_template(workspace, name).await
+    }
+
+    /// Makes a template of a volume that no sandbox has, durably and all at once; the volume stays. It is hidden, and has to be
+    /// baked, until it is published. `Exists` when one for all has that name; `Quota` when the workspace has as many as it may
+    /// have; `NoSpace`. The same template again: nothing to do.
+    async fn adopt_template(
+        &self,
+        workspace: String,
+        volume: String,
+        spec: TemplateSpec,
+    ) -> Result<TemplateInfo> {
+        self.0.adopt_template(workspace, volume, spec).await
+    }
+
+    /// Makes a baked template one that its workspace sees, durably and all at once, in the place of the one that had its title if
+    /// `replace` says so; otherwise `Exists`. What was made from the other one goes on. Idempotent.
+    async fn publish_template(&self, id: String, replace: bool) -> Result<()> {
+        self.0.publish_template(id, replace).await
+    }
+
+    /// Deletes a template of this workspace's own, finished or not; what was made from it goes on. Answers whether it was there.
+    async fn delete_template(&self, workspace: String, id: String) -> Result<bool> {
+        self.0.delete_template(workspace, id).await
     }
 
     /// Makes the directory of a sandbox with what an empty Firecracker process needs (its binary, `s/`). Idempotent;
@@ -402,6 +486,18 @@ impl<B: StorageBackend> Storage<B> {
     /// Makes a volume with an empty file system. `Exists` when the name is taken; `NoSpace`.
     async fn create_volume(&self, workspace: String, name: String, size_mib: u64) -> Result<VolumeInfo> {
         self.0.create_volume(workspace, name, size_mib).await
+    }
+
+    /// Makes a volume that is a clone of a template's root disk as it was before its first boot, hidden or not; it is grown to
+    /// `size_mib` if that is more. `Exists` when the name is taken; `NotReady` while the disk is being imported; `NoSpace`.
+    async fn clone_template(
+        &self,
+        template: String,
+        workspace: String,
+        name: String,
+        size_mib: u64,
+    ) -> Result<VolumeInfo> {
+        self.0.clone_template(template, workspace, name, size_mib).await
     }
 
     /// The volumes of a workspace by name; of all workspaces for the empty name.

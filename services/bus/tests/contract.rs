@@ -133,6 +133,36 @@ impl storage::StorageBackend for Nobody {
     fn template(&self, _: String) -> impl Future<Output = Result<storage::TemplateInfo>> + Send {
         no()
     }
+    fn find_template(
+        &self,
+        _: String,
+        _: String,
+    ) -> impl Future<Output = Result<storage::TemplateInfo>> + Send {
+        no()
+    }
+    fn adopt_template(
+        &self,
+        _: String,
+        _: String,
+        _: storage::TemplateSpec,
+    ) -> impl Future<Output = Result<storage::TemplateInfo>> + Send {
+        no()
+    }
+    fn publish_template(&self, _: String, _: bool) -> impl Future<Output = Result<()>> + Send {
+        no()
+    }
+    fn delete_template(&self, _: String, _: String) -> impl Future<Output = Result<bool>> + Send {
+        no()
+    }
+    fn clone_template(
+        &self,
+        _: String,
+        _: String,
+        _: String,
+        _: u64,
+    ) -> impl Future<Output = Result<storage::VolumeInfo>> + Send {
+        no()
+    }
     fn prepare(&self, _: String) -> impl Future<Output = Result<bool>> + Send {
         no()
     }

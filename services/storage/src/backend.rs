@@ -9,7 +9,6 @@ use pandastack_bus::{
 use crate::{
     capture,
     manager::{Manager, id_of},
-    progress::Entry,
     sandbox,
 };
 
@@ -18,11 +17,32 @@ const REASON_LIMIT: usize = 1000;
 
 impl StorageBackend for Manager {
     async fn templates(&self) -> bus::Result<Vec<TemplateInfo>> {
-        Ok(self.inner.catalogue.values().map(Entry::info).collect())
+        Ok(self.inner.entries().iter().map(|entry| entry.info()).collect())
     }
 
     async fn template(&self, name: String) -> bus::Result<TemplateInfo> {
         Ok(self.inner.find(&name)?.info())
+    }
+
+    async fn find_template(&self, workspace: String, name: String) -> bus::Result<TemplateInfo> {
+        Ok(self.inner.meant(&workspace, &name)?)
+    }
+
+    async fn adopt_template(
+        &self,
+        workspace: String,
+        volume: String,
+        spec: TemplateSpec,
+    ) -> bus::Result<TemplateInfo> {
+        self.run("adopt_template", move |inner| inner.adopt(&workspace, &volume, spec)).await
+    }
+
+    async fn publish_template(&self, id: String, replace: bool) -> bus::Result<()> {
+        self.run("publish_template", move |inner| inner.publish(&id, replace)).await
+    }
+
+    async fn delete_template(&self, workspace: String, id: String) -> bus::Result<bool> {
+        self.run("delete_template", move |inner| inner.delete_own(&workspace, &id)).await
     }
 
     async fn prepare(&self, id: String) -> bus::Result<bool> {
@@ -52,7 +72,7 @@ impl StorageBackend for Manager {
         let entry = self.inner.find(&template)?;
         let reason: String = reason.chars().take(REASON_LIMIT).collect();
         tracing::error!(template = %entry.name(), "could not be baked: {reason}");
-        self.inner.change(entry, |progress| progress.failure = Some(reason));
+        self.inner.change(&entry, |progress| progress.failure = Some(reason));
         Ok(())
     }
 
@@ -112,6 +132,17 @@ impl StorageBackend for Manager {
             inner.volumes.create(&inner.place, &workspace, &name, size_mib)
         })
         .await
+    }
+
+    async fn clone_template(
+        &self,
+        template: String,
+        workspace: String,
+        name: String,
+        size_mib: u64,
+    ) -> bus::Result<VolumeInfo> {
+        self.run("clone_template", move |inner| inner.clone_template(&template, &workspace, &name, size_mib))
+            .await
     }
 
     async fn volumes(&self, workspace: String) -> bus::Result<Vec<VolumeInfo>> {

@@ -78,7 +78,7 @@ pub fn import(place: &Place, sources: &Sources, template: &Template, identity: &
         to.sync_all().at(&path)?;
         written
     };
-    write_manifest(staged.path(), &Manifest { version: VERSION, identity: identity.clone() })?;
+    write_identity(staged.path(), identity)?;
     make_folder(&place.layout.template(name), 0o700)?;
     files::sync_dir(&place.layout.templates()).at(&place.layout.templates())?;
     // Sandboxes share blocks with the old disk, not its name: it can go at any time.
@@ -94,6 +94,11 @@ pub(crate) fn write_manifest<T: Serialize>(directory: &std::path::Path, manifest
     let path = directory.join(layout::MANIFEST);
     let bytes = serde_json::to_vec(manifest).map_err(io::Error::from).at(&path)?;
     files::write_atomic(&path, &bytes, 0o600).at(&path)
+}
+
+/// Says that the disk in a directory is whole, and which one it is.
+pub(crate) fn write_identity(directory: &std::path::Path, identity: &Digest) -> Result<()> {
+    write_manifest(directory, &Manifest { version: VERSION, identity: identity.clone() })
 }
 
 /// Bytes that files take on the data partition; those that are not there take none.

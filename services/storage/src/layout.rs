@@ -4,6 +4,7 @@
 //!   <state>/artefacts/<sha256>                   firecracker, vmlinux, initrd.img: linked into sandbox directories
 //!   <state>/artefacts/current.json               which of them belong to the running image
 //!   <state>/templates/<name>/disk/               root.img, manifest.json: the pristine disk, imported
+//!   <state>/templates/<name>/own.json            of a workspace's own: its <name> is an id of ours, its title is in here
 //!   <state>/templates/<name>/bakes/<bake>/       mem, state, root.img, manifest.json: sealed, never written again
 //!   <state>/sandboxes/<id>/                      what a unit sees as /vm; `s/` in it is Firecracker's own, `c.*` a capture
 //!                                                that is not finished
@@ -57,6 +58,10 @@ pub const HASHES: &str = "hashes.json";
 pub const MANIFEST: &str = "manifest.json";
 /// Description of a template on its partition.
 pub const DESCRIPTION: &str = "template.toml";
+/// Beside the disk of a template that a workspace made: whose it is.
+pub const OWN: &str = "own.json";
+/// Directory of the imported disk of a template.
+pub const PRISTINE: &str = "disk";
 /// Optional on the template partition: a text that changes whenever the disk image does.
 pub const IDENTITY: &str = "identity";
 
@@ -115,7 +120,7 @@ impl Layout {
 
     /// The imported disk of a template, with its manifest.
     pub fn disk(&self, name: &TemplateName) -> PathBuf {
-        self.template(name).join("disk")
+        self.template(name).join(PRISTINE)
     }
 
     /// Parent of the bakes of a template.

@@ -5,7 +5,7 @@
 //!
 //! Pure: [`template`], [`progress`], [`gc`], [`ext4`], [`identity`], [`layout`], [`mac`], [`hold`]. Effects: [`place`],
 //! [`artefact`], [`import`], [`bake`], [`drive`], [`sandbox`], [`capture`], [`manifest`], [`snapshot`], [`hashes`],
-//! [`mkfs`], [`volume`]. [`manager`], [`templates`] and [`backend`] put them behind the bus interface, [`serve`] on the bus.
+//! [`mkfs`], [`volume`], [`own`]. [`manager`], [`templates`] and [`backend`] put them behind the bus interface, [`serve`] on the bus.
 
 pub mod artefact;
 pub mod backend;
@@ -27,6 +27,7 @@ pub mod mac;
 pub mod manager;
 pub mod manifest;
 pub mod mkfs;
+pub mod own;
 pub mod place;
 pub mod progress;
 pub mod reflink;

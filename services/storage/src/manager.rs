@@ -8,7 +8,7 @@ use std::{
     collections::BTreeMap,
     path::PathBuf,
     sync::{
-        Arc,
+        Arc, Mutex, RwLock,
         atomic::{AtomicBool, Ordering},
     },
     time::Duration,
@@ -29,6 +29,7 @@ use crate::{
     keyed::{Keyed, Turn},
     layout::{Layout, Sources},
     mac::Signer,
+    own,
     place::{Place, children},
     progress::Entry,
     snapshot::Snapshots,
@@ -68,7 +69,9 @@ pub(crate) struct Inner {
     pub(crate) sources: Sources,
     pub(crate) artefacts: Artefacts,
     pub(crate) processor: Digest,
-    pub(crate) catalogue: BTreeMap<TemplateName, Entry>,
+    pub(crate) catalogue: RwLock<BTreeMap<TemplateName, Arc<Entry>>>,
+    /// Held while a template of a workspace's own appears, is published or goes.
+    pub(crate) changing: Mutex<()>,
     pub(crate) changes: broadcast::Sender<(TemplateName, TemplateState)>,
     pub(crate) snapshots: Snapshots,
     pub(crate) volumes: Volumes,
@@ -91,8 +94,18 @@ impl Manager {
             tracing::error!("{}: no templates: {error}", config.sources.templates.display());
             BTreeMap::new()
         });
-        let catalogue =
-            catalogue.into_iter().map(|(name, described)| (name, Entry::new(described))).collect();
+        let mut catalogue: BTreeMap<_, _> =
+            catalogue.into_iter().map(|(name, described)| (name, Arc::new(Entry::new(described)))).collect();
+        let own =
+            own::read_all(&place.layout)?.into_iter().map(|entry| (entry.name().clone(), Arc::new(entry)));
+        catalogue.extend(own);
+        for older in own::superseded(&catalogue) {
+            tracing::info!(template = %older, "replaced, removed");
+            catalogue.remove(&older);
+            if let Err(error) = place.remove(&place.layout.template(&older)) {
+                tracing::error!(template = %older, "{}", chain(&error));
+            }
+        }
         drive::make_zero(&place)?;
         let processor = identity::processor();
         let signer = Signer::open(&place.layout.manifest_key())?;
@@ -103,16 +116,22 @@ impl Manager {
             sources: config.sources,
             artefacts,
             processor,
-            catalogue,
+            catalogue: RwLock::new(catalogue),
+            changing: Mutex::default(),
             changes: broadcast::channel(64).0,
             snapshots,
             volumes,
             busy: Keyed::default(),
             making: Keyed::default(),
         };
-        for (name, entry) in &inner.catalogue {
-            match import::identity(&inner.sources, name) {
-                Ok(wanted) => inner.look(name, entry, &wanted),
+        for entry in inner.entries() {
+            let name = entry.name();
+            let wanted = match entry.owner() {
+                Some(_) => Ok(own::identity(name)),
+                None => import::identity(&inner.sources, name),
+            };
+            match wanted {
+                Ok(wanted) => inner.look(name, &entry, &wanted),
                 Err(error) => entry.write().failure = Some(chain(&error)),
             }
         }
@@ -176,9 +195,10 @@ impl Manager {
 
     /// One line for `systemctl status`.
     pub fn summary(&self) -> String {
-        let states = self.inner.catalogue.values().map(|entry| entry.read().state());
+        let entries = self.inner.entries();
+        let states = entries.iter().map(|entry| entry.read().state());
         let baked = states.filter(|state| *state == TemplateState::Baked).count();
-        format!("{} templates, {baked} of them baked", self.inner.catalogue.len())
+        format!("{} templates, {baked} of them baked", entries.len())
     }
 
     /// Blocking work on one sandbox directory, alone with it, to its end even if nobody waits any more.
@@ -276,18 +296,32 @@ impl Inner {
             let bakes = name.map(|name| layout.bakes(&name)).filter(|bakes| bakes.is_dir());
             Ok((template, bakes.map_or_else(|| Ok(Vec::new()), |bakes| children(&bakes))?))
         };
+        let entries = self.entries();
+        // Without any that the image brings, its partition is missing: what is not ours to judge stays.
+        let is_whole = entries.iter().any(|entry| entry.owner().is_none());
+        let known = |path: &PathBuf| {
+            let name = path.file_name().and_then(|name| name.to_str());
+            entries.iter().any(|entry| Some(entry.name().as_str()) == name)
+        };
+        // One of a workspace's own that cannot be read is told of, and stays.
+        let judged = |path: &PathBuf| known(path) || (is_whole && !own::is_own(path));
         let found = gc::Found {
-            templates: children(&layout.templates())?.into_iter().map(bakes).collect::<Result<_>>()?,
+            templates: children(&layout.templates())?
+                .into_iter()
+                .filter(judged)
+                .map(bakes)
+                .collect::<Result<_>>()?,
             artefacts: children(&layout.artefacts())?,
         };
-        let kept = |(name, entry): (&TemplateName, &Entry)| {
+        let kept = |entry: &Arc<Entry>| {
+            let name = entry.name();
             let progress = entry.read();
             let bake =
                 progress.disk.as_ref().filter(|_| progress.baked).map(|disk| self.key(entry, disk).id());
             (name.clone(), bake)
         };
         let wanted = gc::Wanted {
-            templates: self.catalogue.iter().map(kept).collect(),
+            templates: entries.iter().map(kept).collect(),
             artefacts: self.artefacts.digests().into_iter().chain(self.snapshots.programs()).collect(),
         };
         let folders = [layout.sandboxes(), layout.snapshots(), layout.volumes()];

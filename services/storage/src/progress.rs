@@ -6,6 +6,7 @@ use pandastack_bus::storage::{TemplateInfo, TemplateState};
 
 use crate::{
     identity::Digest,
+    own::Owned,
     template::{Described, Template, TemplateName},
 };
 
@@ -14,6 +15,8 @@ use crate::{
 pub struct Entry {
     /// What it says of itself.
     pub described: Described,
+    /// Whose it is; `None`: it is for all.
+    owned: Option<Owned>,
     /// A fill reads under this lock, so that no bake vanishes while it is linked.
     progress: RwLock<Progress>,
 }
@@ -46,7 +49,17 @@ impl Progress {
 impl Entry {
     /// A template of which nothing is known yet.
     pub fn new(described: Described) -> Self {
-        Self { described, progress: RwLock::default() }
+        Self { described, owned: None, progress: RwLock::default() }
+    }
+
+    /// One of a workspace's own.
+    pub fn owned(described: Described, owned: Owned) -> Self {
+        Self { owned: Some(owned), ..Self::new(described) }
+    }
+
+    /// Whose it is; `None`: it is for all.
+    pub fn owner(&self) -> Option<&Owned> {
+        self.owned.as_ref()
     }
 
     /// What it says of itself.
@@ -73,8 +86,13 @@ impl Entry {
     pub fn info(&self) -> TemplateInfo {
         let progress = self.read().clone();
         let template = self.template().clone();
+        let owned = self.owned.as_ref();
         TemplateInfo {
             name: template.name.to_string(),
+            title: owned.map_or(template.name.as_str(), Owned::title).to_owned(),
+            workspace: owned.map_or("", Owned::workspace).to_owned(),
+            hidden: owned.map_or(template.hidden, |owned| owned.published() == 0),
+            created_unix_ms: owned.map_or(0, Owned::created_unix_ms),
             aliases: template.aliases.iter().map(ToString::to_string).collect(),
             description: template.description,
             category: template.category,

@@ -37,6 +37,9 @@ pub struct Template {
     /// Tools a user finds in it.
     #[serde(default)]
     pub tools: Vec<String>,
+    /// For the appliance itself: in no list, nobody's to create from, baked when it is needed.
+    #[serde(default)]
+    pub hidden: bool,
     /// Virtual processors, 1 to 32.
     pub vcpus: u32,
     /// Guest memory in MiB, 64 to 1048576.
@@ -121,6 +124,15 @@ pub fn read_catalogue(directory: &Path) -> io::Result<BTreeMap<TemplateName, Des
 /// One sentence on what is wrong.
 pub fn parse(text: &str) -> Result<Template, String> {
     let template: Template = toml::from_str(text).map_err(|error| error.message().to_owned())?;
+    check(&template)?;
+    Ok(template)
+}
+
+/// Whether a template can be run.
+///
+/// # Errors
+/// One sentence on what is wrong.
+pub fn check(template: &Template) -> Result<(), String> {
     let bounds = [
         ("vcpus", u64::from(template.vcpus), 1, 32),
         ("memory_mib", template.memory_mib, 64, 1024 * 1024),
@@ -137,7 +149,7 @@ pub fn parse(text: &str) -> Result<Template, String> {
     if let Some(name) = template.env.keys().find(|name| name.is_empty() || name.contains(['=', '\0'])) {
         return Err(format!("{name:?} cannot be the name of a variable"));
     }
-    Ok(template)
+    Ok(())
 }
 
 fn read_one(folder: &Path) -> Result<Option<Described>, String> {

@@ -1,5 +1,7 @@
 //! What is done with templates: imports, fills from them, sealing a bake. How far each is follows from what is on disk.
 
+use std::sync::{Arc, MutexGuard, PoisonError};
+
 use pandastack_bus::{SandboxId, storage::*};
 use pandastack_daemon::chain;
 
@@ -15,10 +17,33 @@ use crate::{
 };
 
 impl Inner {
-    pub(crate) fn find(&self, name: &str) -> Result<&Entry> {
-        let by_alias = |entry: &&Entry| entry.template().aliases.iter().any(|alias| alias.as_str() == name);
-        let by_name = name.parse().ok().and_then(|name: TemplateName| self.catalogue.get(&name));
-        by_name.or_else(|| self.catalogue.values().find(by_alias)).ok_or_else(|| {
+    /// All templates, by name.
+    pub(crate) fn entries(&self) -> Vec<Arc<Entry>> {
+        self.catalogue.read().unwrap_or_else(PoisonError::into_inner).values().cloned().collect()
+    }
+
+    /// Makes a template known.
+    pub(crate) fn insert(&self, entry: Arc<Entry>) {
+        let mut catalogue = self.catalogue.write().unwrap_or_else(PoisonError::into_inner);
+        catalogue.insert(entry.name().clone(), entry);
+    }
+
+    /// Forgets a template that is gone.
+    pub(crate) fn forget(&self, name: &TemplateName) {
+        self.catalogue.write().unwrap_or_else(PoisonError::into_inner).remove(name);
+    }
+
+    /// The right to make, publish or delete a template.
+    pub(crate) fn changing(&self) -> MutexGuard<'_, ()> {
+        self.changing.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn find(&self, name: &str) -> Result<Arc<Entry>> {
+        let catalogue = self.catalogue.read().unwrap_or_else(PoisonError::into_inner);
+        let by_alias =
+            |entry: &&Arc<Entry>| entry.template().aliases.iter().any(|alias| alias.as_str() == name);
+        let by_name = name.parse().ok().and_then(|name: TemplateName| catalogue.get(&name));
+        by_name.or_else(|| catalogue.values().find(by_alias)).cloned().ok_or_else(|| {
             let shown: String = name.chars().take(64).collect();
             StorageError::NotFound(format!("template {shown:?} not found"))
         })
@@ -47,15 +72,21 @@ impl Inner {
         drop(progress);
         if before != after {
             tracing::info!(template = %entry.name(), "{}", state_name(after));
-            // Without a listener nobody wants to know.
-            let _ = self.changes.send((entry.name().clone(), after));
+            self.tell(entry);
         }
+    }
+
+    /// Tells listeners that something about a template changed.
+    pub(crate) fn tell(&self, entry: &Entry) {
+        // Without a listener nobody wants to know.
+        let _ = self.changes.send((entry.name().clone(), entry.read().state()));
     }
 
     /// Answers how many failed.
     pub(crate) fn import_missing(&self) -> usize {
-        let missing = self.catalogue.values().filter(|entry| entry.read().disk.is_none());
-        let import = |entry: &&Entry| {
+        let entries = self.entries();
+        let missing = entries.iter().filter(|entry| entry.owner().is_none() && entry.read().disk.is_none());
+        let import = |entry: &&Arc<Entry>| {
             let name = entry.name();
             let outcome = import::identity(&self.sources, name).and_then(|wanted| {
                 import::import(&self.place, &self.sources, entry.template(), &wanted)?;
@@ -94,7 +125,7 @@ impl Inner {
             }
             _ => return Err(StorageError::NotReady(format!("template {name} is not baked yet"))),
         };
-        let (layout, key) = (&self.place.layout, self.key(entry, disk));
+        let (layout, key) = (&self.place.layout, self.key(&entry, disk));
         let (folder, links, kind) = match fill {
             Fill::Baked => {
                 let bake = layout.bake(name, &key.id());
@@ -120,6 +151,25 @@ impl Inner {
         Ok(())
     }
 
+    /// Makes a volume of a template's root disk.
+    pub(crate) fn clone_template(
+        &self,
+        template: &str,
+        workspace: &str,
+        name: &str,
+        size_mib: u64,
+    ) -> Result<VolumeInfo> {
+        let entry = self.find(template)?;
+        let progress = entry.read();
+        if progress.disk.is_none() {
+            let name = entry.name();
+            return Err(StorageError::NotReady(format!("template {name} is still being imported")));
+        }
+        let disk = self.place.layout.disk(entry.name()).join(layout::ROOT);
+        let size_mib = size_mib.max(entry.template().disk_mib);
+        self.volumes.clone_of(&self.place, &disk, workspace, name, size_mib)
+    }
+
     pub(crate) fn seal(&self, id: &SandboxId, template: &str) -> Result<()> {
         let entry = self.find(template)?;
         let name = entry.name();
@@ -127,7 +177,7 @@ impl Inner {
         let disk = entry.read().disk.clone();
         let disk =
             disk.ok_or_else(|| StorageError::NotReady(format!("template {name} is still being imported")))?;
-        let key = self.key(entry, &disk);
+        let key = self.key(&entry, &disk);
         let expected = record("pristine", name, &key, entry.template().disk_mib);
         if sandbox::filled(&folder)?.as_ref() != Some(&expected) {
             return Err(StorageError::WrongState(format!(
@@ -140,7 +190,7 @@ impl Inner {
             let _alone = entry.write();
             bake::publish(&self.place, name, &key, staged)?
         };
-        self.look(name, entry, &disk);
+        self.look(name, &entry, &disk);
         tracing::info!(sandbox = %id, template = %name, changed, "sealed as bake {}", key.id().as_str());
         Ok(())
     }

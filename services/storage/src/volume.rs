@@ -9,7 +9,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    fs::{self, OpenOptions},
+    fs::{self, File, OpenOptions},
     os::unix::fs::{MetadataExt, OpenOptionsExt},
     path::{Path, PathBuf},
     sync::{Mutex, MutexGuard, PoisonError},
@@ -35,7 +35,7 @@ use crate::{
     import::write_manifest,
     layout::{self, Layout},
     mkfs,
-    place::{Place, children, create, remove_tree, same_file},
+    place::{Place, children, clone_file, create, remove_tree, same_file},
     sandbox,
 };
 
@@ -120,6 +120,44 @@ impl Volumes {
     /// [`StorageError::Invalid`], [`StorageError::Exists`], [`StorageError::Refused`], [`StorageError::NoSpace`].
     pub fn create(&self, place: &Place, workspace: &str, name: &str, size_mib: u64) -> Result<VolumeInfo> {
         check(workspace, name, size_mib)?;
+        self.make(place, workspace, name, size_mib, |path| {
+            let file = create(path, 0o600)?;
+            file.set_len(size_mib << 20).at(path)?;
+            mkfs::ext4(path, name)?;
+            Ok(file)
+        })
+    }
+
+    /// Makes one that shares its blocks with `disk` and has at least its size, durably. What is in it is the guest's to grow.
+    ///
+    /// # Errors
+    /// As [`Volumes::create`].
+    pub fn clone_of(
+        &self,
+        place: &Place,
+        disk: &Path,
+        workspace: &str,
+        name: &str,
+        size_mib: u64,
+    ) -> Result<VolumeInfo> {
+        check_name(workspace, name)?;
+        self.make(place, workspace, name, size_mib, |path| {
+            let file = clone_file(disk, path, 0o600)?;
+            if file.metadata().at(path)?.len() < size_mib << 20 {
+                file.set_len(size_mib << 20).at(path)?;
+            }
+            Ok(file)
+        })
+    }
+
+    fn make(
+        &self,
+        place: &Place,
+        workspace: &str,
+        name: &str,
+        size_mib: u64,
+        contents: impl FnOnce(&Path) -> Result<File>,
+    ) -> Result<VolumeInfo> {
         let free = |index: &Index| {
             if index.volumes.contains_key(&key(workspace, name)) {
                 Err(StorageError::Exists(format!("volume {name:?} is there already")))
@@ -131,9 +169,7 @@ impl Volumes {
         place.admit_bytes(size_mib << 20)?;
         let staged = place.stage("volume")?;
         let path = staged.path().join(layout::DISK);
-        let file = create(&path, 0o600)?;
-        file.set_len(size_mib << 20).at(&path)?;
-        mkfs::ext4(&path, name)?;
+        let file = contents(&path)?;
         place.share(&path, drive::WRITABLE)?;
         file.sync_all().at(&path)?;
         let manifest = Manifest {
@@ -169,6 +205,24 @@ impl Volumes {
     /// [`StorageError::NotFound`].
     pub fn info(&self, layout: &Layout, workspace: &str, name: &str) -> Result<VolumeInfo> {
         self.lock().info(layout, workspace, name)
+    }
+
+    /// Does something with the disk of a volume that no sandbox has, and gets none meanwhile; the second value is its size in
+    /// MiB.
+    ///
+    /// # Errors
+    /// [`StorageError::NotFound`]; [`StorageError::WrongState`] while a sandbox has it; what the work answers.
+    pub fn unused<T>(
+        &self,
+        place: &Place,
+        workspace: &str,
+        name: &str,
+        work: impl FnOnce(&Path, u64) -> Result<T>,
+    ) -> Result<T> {
+        let index = self.lock();
+        let volume = index.find(workspace, name)?;
+        index.unused(volume)?;
+        work(&place.layout.volume(&volume.id).join(layout::DISK), volume.manifest.size_mib)
     }
 
     /// Makes one vanish, durably, then makes room. Answers whether it was there.
@@ -421,6 +475,14 @@ fn key(workspace: &str, name: &str) -> (String, String) {
 }
 
 fn check(workspace: &str, name: &str, size_mib: u64) -> Result<()> {
+    check_name(workspace, name)?;
+    if !(1..=SIZE_LIMIT_MIB).contains(&size_mib) {
+        return Err(StorageError::Invalid(format!("a volume has 1 to {SIZE_LIMIT_MIB} MiB")));
+    }
+    Ok(())
+}
+
+fn check_name(workspace: &str, name: &str) -> Result<()> {
     let good = (1..=64).contains(&name.len())
         && !matches!(name, "." | "..")
         && name.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b'-'));
@@ -430,9 +492,6 @@ fn check(workspace: &str, name: &str, size_mib: u64) -> Result<()> {
     }
     if workspace.is_empty() || workspace.len() > 256 {
         return Err(StorageError::Invalid("a volume belongs to a workspace".into()));
-    }
-    if !(1..=SIZE_LIMIT_MIB).contains(&size_mib) {
-        return Err(StorageError::Invalid(format!("a volume has 1 to {SIZE_LIMIT_MIB} MiB")));
     }
     Ok(())
 }

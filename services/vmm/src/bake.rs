@@ -89,6 +89,7 @@ impl<W: World> Manager<W> {
         let now = Instant::now();
         let due = |template: &TemplateInfo| {
             template.state == TemplateState::Unbaked
+                && self.catalogue.is_wanted(template)
                 && !baking.contains(&template.name)
                 && attempts.get(&template.name).is_none_or(|so_far| so_far.next <= now)
         };
@@ -136,7 +137,10 @@ impl<W: World> Manager<W> {
     async fn bake_failed(&self, attempts: &mut HashMap<String, Attempts>, template: &str, reason: &str) {
         let failed = attempts.get(template).map_or(0, |so_far| so_far.failed) + 1;
         tracing::error!(template, failed, "template {template}: bake failed: {reason}");
-        let Some(pause) = BACK_OFF.get(failed - 1) else {
+        // What a workspace made is as it is: one more attempt for what may pass.
+        let owned = self.catalogue.get(template).is_some_and(|info| !info.workspace.is_empty());
+        let pauses = if owned { &BACK_OFF[..1] } else { &BACK_OFF[..] };
+        let Some(pause) = pauses.get(failed - 1) else {
             let told = self.world.storage().fail_template(template.to_owned(), reason.to_owned()).await;
             match told {
                 Ok(()) => drop(attempts.remove(template)),

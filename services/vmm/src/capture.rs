@@ -63,7 +63,7 @@ pub fn spec(record: &Record, id: &SandboxId, purpose: Purpose) -> Result<Snapsho
         workspace: inner.spec.workspace.clone(),
         sandbox: record.id.to_string(),
         purpose,
-        template: shape.template.clone(),
+        template: inner.spec.template.clone(),
         vcpus: shape.vcpus,
         memory_mib: shape.memory_mib,
         disk_mib: shape.disk_mib,

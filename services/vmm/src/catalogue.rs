@@ -3,14 +3,14 @@
 //! Owns: a copy and its renewal. Refuses to know: how a template gets its snapshot (`bake`).
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
 
 use pandastack_bus::{
     Error, Result,
-    storage::{StorageBackend, TemplateInfo, TemplateState},
+    storage::{BUILDS, StorageBackend, TemplateInfo, TemplateState},
 };
 use tokio::{
     sync::watch,
@@ -21,13 +21,28 @@ use tokio::{
 #[derive(Debug)]
 pub struct Catalogue {
     templates: Mutex<BTreeMap<String, TemplateInfo>>,
+    /// Hidden templates that were asked for: only then they are worth a bake.
+    wanted: Mutex<BTreeSet<String>>,
     renewed: watch::Sender<u64>,
 }
 
 impl Default for Catalogue {
     fn default() -> Self {
-        Self { templates: Mutex::default(), renewed: watch::Sender::new(0) }
+        Self { templates: Mutex::default(), wanted: Mutex::default(), renewed: watch::Sender::new(0) }
     }
+}
+
+/// Whether it is for the appliance itself, and not a workspace's that is only not published yet.
+fn is_internal(template: &TemplateInfo) -> bool {
+    template.hidden && template.workspace.is_empty()
+}
+
+/// Whether a workspace may make sandboxes from a template.
+pub fn may_use(workspace: &str, template: &TemplateInfo) -> bool {
+    if workspace == BUILDS {
+        return is_internal(template);
+    }
+    !template.hidden && (template.workspace.is_empty() || template.workspace == workspace)
 }
 
 impl Catalogue {
@@ -46,6 +61,12 @@ impl Catalogue {
     /// All templates, by name.
     pub fn all(&self) -> Vec<TemplateInfo> {
         self.templates.lock().unwrap_or_else(PoisonError::into_inner).values().cloned().collect()
+    }
+
+    /// Whether a template shall have a bake: one for the appliance itself only once it was asked for.
+    pub fn is_wanted(&self, template: &TemplateInfo) -> bool {
+        let wanted = self.wanted.lock().unwrap_or_else(PoisonError::into_inner);
+        !is_internal(template) || wanted.contains(&template.name)
     }
 
     /// Completes when the copy was renewed after `seen` renewals; answers how many there were.
@@ -80,12 +101,15 @@ impl Catalogue {
         }
         loop {
             let template = match storage.template(name.to_owned()).await {
-                Err(Error::NotFound(_)) => {
-                    let shown: String = name.chars().take(64).collect();
-                    return Err(Error::InvalidArgument(format!("unknown template {shown:?}")));
-                }
+                Err(Error::NotFound(_)) => return Err(unknown(name)),
                 other => other?,
             };
+            if is_internal(&template) {
+                let mut wanted = self.wanted.lock().unwrap_or_else(PoisonError::into_inner);
+                if wanted.insert(template.name.clone()) {
+                    self.renewed.send_modify(|count| *count += 1);
+                }
+            }
             match template.state {
                 TemplateState::Baked => return Ok(template),
                 TemplateState::Failed => {
@@ -105,6 +129,50 @@ impl Catalogue {
             if let Ok(count) = timeout_at(limit, self.renewal_after(seen)).await {
                 seen = count;
             }
+        }
+    }
+}
+
+/// The error for a template that there is not, or not for the caller.
+pub fn unknown(name: &str) -> Error {
+    let shown: String = name.chars().take(64).collect();
+    Error::InvalidArgument(format!("unknown template {shown:?}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_template_is_for_whom_it_is_made() {
+        let template = |workspace: &str, hidden| TemplateInfo {
+            name: "x".into(),
+            title: "x".into(),
+            workspace: workspace.into(),
+            hidden,
+            created_unix_ms: 0,
+            aliases: Vec::new(),
+            description: String::new(),
+            category: String::new(),
+            tools: Vec::new(),
+            vcpus: 1,
+            memory_mib: 128,
+            disk_mib: 64,
+            env: BTreeMap::new(),
+            workdir: "/".into(),
+            warmup: String::new(),
+            size_bytes: 0,
+            state: TemplateState::Baked,
+            reason: String::new(),
+        };
+        for (owner, hidden, users) in
+            [("", false, &["a", "b"][..]), ("", true, &[BUILDS]), ("a", false, &["a"]), ("a", true, &[])]
+        {
+            let may: Vec<_> = ["a", "b", BUILDS]
+                .into_iter()
+                .filter(|user| may_use(user, &template(owner, hidden)))
+                .collect();
+            assert_eq!(may, users, "{owner:?} {hidden}");
         }
     }
 }

@@ -24,6 +24,7 @@ use tokio::{
 
 use crate::{
     admission, agent,
+    catalogue::{may_use, unknown},
     effects::RESTORE_ANSWER,
     machine::{Event, State},
     manager::Manager,
@@ -153,14 +154,19 @@ impl<W: World> Manager<W> {
         }
         let template =
             self.catalogue.baked(self.world.storage(), &spec.template, accepted + BAKE_WAIT).await?;
+        if !may_use(&spec.workspace, &template) {
+            return Err(unknown(&spec.template));
+        }
         if spec.disk_mib != 0 && spec.disk_mib < template.disk_mib {
             return Err(Error::InvalidArgument(format!(
                 "a disk of {} MiB is smaller than the template's {} MiB",
                 spec.disk_mib, template.disk_mib
             )));
         }
-        let shape = Shape::of(&template, spec.disk_mib);
-        Ok(record::Sandbox::new(request, fingerprint(spec), spec.clone(), shape, "snapshot"))
+        let (shape, asked) = (Shape::of(&template, spec.disk_mib), fingerprint(spec));
+        // From here on it is called as its users call it, also when the template itself is gone.
+        let spec = SandboxSpec { template: template.title, ..spec.clone() };
+        Ok(record::Sandbox::new(request, asked, spec, shape, "snapshot"))
     }
 
     /// Makes a sandbox of a slot; of another one if the first is no good.

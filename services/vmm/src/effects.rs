@@ -185,7 +185,8 @@ impl<W: World> Manager<W> {
     fn expected_limits(&self) -> Option<Limits> {
         let last = self.asked.last();
         let all = self.catalogue.all();
-        let baked = || all.iter().filter(|template| template.state == TemplateState::Baked);
+        let baked =
+            || all.iter().filter(|template| template.state == TemplateState::Baked && !template.hidden);
         let template =
             baked().find(|template| Some(&template.name) == last.as_ref()).or_else(|| baked().next())?;
         Some(limits(&Shape::of(template, 0)))

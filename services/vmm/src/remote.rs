@@ -10,7 +10,7 @@ use pandastack_bus::{
     quota::{Quota, Resource},
     storage::{
         CaptureKind, Fill, Owner, SnapshotInfo, SnapshotSpec, StorageBackend, StorageProxy, TemplateInfo,
-        Usage, VolumeInfo, VolumeUse,
+        TemplateSpec, Usage, VolumeInfo, VolumeUse,
     },
     zbus::{self, Connection},
 };
@@ -27,6 +27,32 @@ impl StorageBackend for RemoteStorage {
     }
     async fn template(&self, name: String) -> Result<TemplateInfo> {
         self.0.template(name).await
+    }
+    async fn find_template(&self, workspace: String, name: String) -> Result<TemplateInfo> {
+        self.0.find_template(workspace, name).await
+    }
+    async fn adopt_template(
+        &self,
+        workspace: String,
+        volume: String,
+        spec: TemplateSpec,
+    ) -> Result<TemplateInfo> {
+        self.0.adopt_template(workspace, volume, spec).await
+    }
+    async fn publish_template(&self, id: String, replace: bool) -> Result<()> {
+        self.0.publish_template(id, replace).await
+    }
+    async fn delete_template(&self, workspace: String, id: String) -> Result<bool> {
+        self.0.delete_template(workspace, id).await
+    }
+    async fn clone_template(
+        &self,
+        template: String,
+        workspace: String,
+        name: String,
+        size_mib: u64,
+    ) -> Result<VolumeInfo> {
+        self.0.clone_template(template, workspace, name, size_mib).await
     }
     async fn prepare(&self, id: String) -> Result<bool> {
         self.0.prepare(id).await

@@ -4,7 +4,10 @@
 
 use std::{sync::Arc, time::Duration};
 
-use pandastack_bus::{Result, SandboxId, storage::TemplateState};
+use pandastack_bus::{
+    Result, SandboxId,
+    storage::{TemplateInfo, TemplateState},
+};
 use tokio::time::{sleep, timeout};
 
 use crate::{
@@ -86,7 +89,12 @@ impl<W: World> Manager<W> {
         let dressed: Vec<_> =
             ready.iter().map(|slot| slot.record().shape().map(|shape| shape.template.clone())).collect();
         let all = self.catalogue.all();
-        let baked = all.iter().filter(|template| template.state == TemplateState::Baked);
+        // One of a workspace's own only once it was asked for: there may be many.
+        let worthy = |template: &&TemplateInfo| {
+            let known = template.workspace.is_empty() || self.asked.has(&template.name);
+            template.state == TemplateState::Baked && !template.hidden && known
+        };
+        let baked = all.iter().filter(worthy);
         let votes = self.asked.votes(baked.map(|template| template.name.as_str()));
         let step = wardrobe::next_step(&dressed, &votes, self.config.slots);
         (ready, step)

@@ -28,6 +28,11 @@ impl Asked {
         asked.push_back(template.to_owned());
     }
 
+    /// Whether it was asked for lately.
+    pub fn has(&self, template: &str) -> bool {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).iter().any(|asked| asked == template)
+    }
+
     /// The one that was asked for last.
     pub fn last(&self) -> Option<String> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).back().cloned()

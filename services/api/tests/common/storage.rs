@@ -14,7 +14,7 @@ use pandastack_bus::{
     quota::{Quota, Resource},
     storage::{
         CaptureKind, Fill, Owner, Purpose, SnapshotInfo, SnapshotSpec, StorageBackend, TemplateInfo,
-        TemplateState, Usage, VolumeInfo, VolumeUse,
+        TemplateSpec, TemplateState, Usage, VolumeInfo, VolumeUse,
     },
     vmm::{SandboxInfo, SandboxSpec},
 };
@@ -33,6 +33,10 @@ pub struct Shelf {
     pub volumes: Mutex<BTreeMap<(String, String), VolumeInfo>>,
     /// Limits by workspace and resource; those of vmm, too.
     pub limits: Mutex<BTreeMap<String, Limits>>,
+    /// Those of workspaces, by id.
+    pub templates: Mutex<BTreeMap<String, TemplateInfo>>,
+    /// Why none of them can be baked.
+    pub bake_failure: Mutex<Option<String>>,
     /// No space is left.
     pub full: AtomicBool,
 }
@@ -114,6 +118,10 @@ impl StorageBackend for FakeStorage {
     async fn templates(&self) -> Result<Vec<TemplateInfo>> {
         let one = |name: &str, alias: &str| TemplateInfo {
             name: name.into(),
+            title: name.into(),
+            workspace: String::new(),
+            hidden: name == "builder",
+            created_unix_ms: 0,
             aliases: vec![alias.into()],
             description: "A template.".into(),
             category: "base".into(),
@@ -128,7 +136,83 @@ impl StorageBackend for FakeStorage {
             state: TemplateState::Baked,
             reason: String::new(),
         };
-        Ok(vec![one("code-interpreter", "python"), one("base", "ubuntu-24.04")])
+        let mut all =
+            vec![one("code-interpreter", "python"), one("base", "ubuntu-24.04"), one("builder", "b")];
+        all.extend(self.shelf.templates.lock().unwrap().values().cloned());
+        Ok(all)
+    }
+
+    async fn find_template(&self, workspace: String, name: String) -> Result<TemplateInfo> {
+        self.asked.fetch_add(1, Ordering::Relaxed);
+        let all = self.templates().await?;
+        let mut seen = all.into_iter().filter(|one| !one.hidden);
+        let own = |one: &TemplateInfo| one.workspace == workspace && one.title == name;
+        let for_all = |one: &TemplateInfo| {
+            one.workspace.is_empty() && (one.name == name || one.aliases.contains(&name))
+        };
+        seen.find(|one| own(one) || for_all(one))
+            .ok_or_else(|| Error::NotFound(format!("template {name:?} not found")))
+    }
+
+    async fn adopt_template(
+        &self,
+        workspace: String,
+        volume: String,
+        spec: TemplateSpec,
+    ) -> Result<TemplateInfo> {
+        let disk = self.volume(workspace, volume).await?;
+        if !disk.holders.is_empty() {
+            return Err(Error::WrongState("a sandbox has the volume".into()));
+        }
+        let failure = self.shelf.bake_failure.lock().unwrap().clone();
+        let made = TemplateInfo {
+            name: spec.id.clone(),
+            title: spec.title,
+            workspace: spec.workspace,
+            hidden: true,
+            created_unix_ms: now_ms(),
+            aliases: Vec::new(),
+            category: "custom".into(),
+            vcpus: spec.vcpus,
+            memory_mib: spec.memory_mib,
+            disk_mib: disk.size_mib,
+            env: spec.env,
+            workdir: spec.workdir,
+            state: if failure.is_some() { TemplateState::Failed } else { TemplateState::Baked },
+            reason: failure.unwrap_or_default(),
+            ..self.template("base".into()).await?
+        };
+        self.shelf.templates.lock().unwrap().insert(spec.id, made.clone());
+        Ok(made)
+    }
+
+    async fn publish_template(&self, id: String, replace: bool) -> Result<()> {
+        let mut all = self.shelf.templates.lock().unwrap();
+        let made = all.get(&id).cloned().ok_or_else(|| Error::NotFound(id.clone()))?;
+        let same =
+            |one: &TemplateInfo| one.title == made.title && one.workspace == made.workspace && !one.hidden;
+        if !replace && all.values().any(same) {
+            return Err(Error::Exists("template already exists".into()));
+        }
+        all.retain(|_, one| !same(one));
+        all.insert(id, TemplateInfo { hidden: false, ..made });
+        Ok(())
+    }
+
+    async fn delete_template(&self, workspace: String, id: String) -> Result<bool> {
+        let mut all = self.shelf.templates.lock().unwrap();
+        Ok(all.get(&id).is_some_and(|one| one.workspace == workspace) && all.remove(&id).is_some())
+    }
+
+    async fn clone_template(
+        &self,
+        template: String,
+        workspace: String,
+        name: String,
+        size_mib: u64,
+    ) -> Result<VolumeInfo> {
+        let disk_mib = self.template(template).await?.disk_mib;
+        self.create_volume(workspace, name, size_mib.max(disk_mib)).await
     }
 
     async fn template(&self, name: String) -> Result<TemplateInfo> {
@@ -182,7 +266,7 @@ impl StorageBackend for FakeStorage {
 
     async fn volumes(&self, workspace: String) -> Result<Vec<VolumeInfo>> {
         let all = self.shelf.volumes.lock().unwrap();
-        Ok(all.values().filter(|info| info.workspace == workspace).cloned().collect())
+        Ok(all.values().filter(|info| workspace.is_empty() || info.workspace == workspace).cloned().collect())
     }
 
     async fn volume(&self, workspace: String, name: String) -> Result<VolumeInfo> {

@@ -7,6 +7,7 @@ mod bus;
 mod capture;
 mod disk;
 mod manager;
+mod own;
 mod snapshot;
 mod unprivileged;
 mod volume;

@@ -6,8 +6,8 @@ use pandastack_bus::{
     Error, Result,
     quota::{Quota, Resource},
     storage::{
-        CaptureKind, Fill, Owner, SnapshotInfo, SnapshotSpec, StorageBackend, TemplateInfo, TemplateState,
-        Usage, VolumeInfo, VolumeUse,
+        CaptureKind, Fill, Owner, SnapshotInfo, SnapshotSpec, StorageBackend, TemplateInfo, TemplateSpec,
+        TemplateState, Usage, VolumeInfo, VolumeUse,
     },
 };
 
@@ -16,6 +16,10 @@ use crate::fakes::{Books, Capture, Handle, Kept};
 fn template(books: &Books) -> TemplateInfo {
     TemplateInfo {
         name: "base".into(),
+        title: "base".into(),
+        workspace: String::new(),
+        hidden: false,
+        created_unix_ms: 0,
         aliases: vec![],
         description: String::new(),
         category: "base".into(),
@@ -48,13 +52,27 @@ impl StorageBackend for Handle {
         Err(Error::NotReady("vmm asks for no limits elsewhere".into()))
     }
     async fn templates(&self) -> Result<Vec<TemplateInfo>> {
-        Ok(vec![template(&self.0.books.lock().unwrap())])
+        let books = self.0.books.lock().unwrap();
+        Ok([vec![template(&books)], books.more_templates.clone()].concat())
     }
     async fn template(&self, name: String) -> Result<TemplateInfo> {
-        match name.as_str() {
-            "base" => Ok(template(&self.0.books.lock().unwrap())),
-            _ => Err(Error::NotFound(name)),
-        }
+        let found = self.templates().await?.into_iter().find(|template| template.name == name);
+        found.ok_or(Error::NotFound(name))
+    }
+    async fn find_template(&self, _: String, name: String) -> Result<TemplateInfo> {
+        Err(Error::NotFound(name))
+    }
+    async fn adopt_template(&self, _: String, _: String, _: TemplateSpec) -> Result<TemplateInfo> {
+        Err(Error::Internal("vmm makes no templates".into()))
+    }
+    async fn publish_template(&self, _: String, _: bool) -> Result<()> {
+        Err(Error::Internal("vmm publishes no templates".into()))
+    }
+    async fn delete_template(&self, _: String, _: String) -> Result<bool> {
+        Err(Error::Internal("vmm deletes no templates".into()))
+    }
+    async fn clone_template(&self, _: String, _: String, _: String, _: u64) -> Result<VolumeInfo> {
+        Err(Error::Internal("vmm makes no volumes".into()))
     }
     async fn prepare(&self, id: String) -> Result<bool> {
         self.0
@@ -86,21 +104,27 @@ impl StorageBackend for Handle {
     async fn prepare_capture(&self, id: String) -> Result<()> {
         self.0.call("prepare_capture", &id, |_| Ok(())).await
     }
-    async fn seal_template(&self, id: String, _template: String) -> Result<()> {
+    async fn seal_template(&self, id: String, template: String) -> Result<()> {
         self.0
             .call("seal", &id, |books| {
                 if books.units.contains_key(&id) || !books.captured.contains(&id) {
                     books.violations.push(format!("sealed {id} while it runs or without a capture"));
                 }
-                books.baked = true;
+                match books.more_templates.iter_mut().find(|one| one.name == template) {
+                    Some(one) => one.state = TemplateState::Baked,
+                    None => books.baked = true,
+                }
                 Ok(())
             })
             .await
     }
-    async fn fail_template(&self, _template: String, reason: String) -> Result<()> {
+    async fn fail_template(&self, template: String, reason: String) -> Result<()> {
         self.0
             .call("fail_template", "", |books| {
-                books.template_failed = Some(reason);
+                match books.more_templates.iter_mut().find(|one| one.name == template) {
+                    Some(one) => (one.state, one.reason) = (TemplateState::Failed, reason),
+                    None => books.template_failed = Some(reason),
+                }
                 Ok(())
             })
             .await

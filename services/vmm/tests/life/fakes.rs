@@ -14,7 +14,7 @@ use std::{
 use pandastack_bus::{
     Error, Result, SandboxId,
     network::{Attachment, NetworkBackend},
-    storage::{CaptureKind, Fill, SnapshotInfo, VolumeUse},
+    storage::{CaptureKind, Fill, SnapshotInfo, TemplateInfo, VolumeUse},
 };
 use pandastack_protocol::Mount;
 use pandastack_vmm::{
@@ -56,6 +56,8 @@ pub struct Books {
     pub renewed: Vec<String>,
     pub baked: bool,
     pub template_failed: Option<String>,
+    /// Beside `base`.
+    pub more_templates: Vec<TemplateInfo>,
     pub violations: Vec<String>,
     pub log: Vec<String>,
 }

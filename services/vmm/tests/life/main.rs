@@ -13,3 +13,4 @@ mod quotas;
 mod sandboxes;
 mod sleep;
 mod slots;
+mod templates;
