@@ -21,6 +21,7 @@ pub mod quota;
 pub mod storage;
 pub mod systemd;
 pub mod vmm;
+mod volume;
 
 pub use error::{Error, Result};
 pub use id::{BadId, SandboxId};
