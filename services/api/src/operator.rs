@@ -42,10 +42,11 @@ impl Operator {
     /// What a workspace has; whoever gets its name next must not find anything.
     async fn has(&self, workspace: &str) -> Result<Vec<String>> {
         let name = || workspace.to_owned();
-        let (sandboxes, snapshots, volumes) = tokio::join!(
+        let (sandboxes, snapshots, volumes, kept) = tokio::join!(
             again(|| self.vmm.list(name())),
             again(|| self.storage.snapshots(name())),
             again(|| self.storage.volumes(name())),
+            again(|| self.storage.volume_snapshots(name())),
         );
         let unknown = |error| match error {
             Error::Bus(_) => Error::NotReady(
@@ -57,6 +58,7 @@ impl Operator {
             (sandboxes.map_err(unknown)?.len(), "sandboxes"),
             (snapshots.map_err(unknown)?.len(), "snapshots"),
             (volumes.map_err(unknown)?.len(), "volumes"),
+            (kept.map_err(unknown)?.len(), "snapshots of volumes"),
         ];
         let there = counts.iter().filter(|(count, _)| *count > 0);
         Ok(there.map(|(count, what)| format!("{count} {what}")).collect())
