@@ -67,9 +67,9 @@ def test_two_creates_draw_different_numbers(client, making):
 
 def test_a_killed_host_is_started_again_and_its_sessions_are_gone(notebook):
     context = notebook.create_code_context()
-    # A killed process takes a moment to go, and until then its socket takes connections.
-    notebook.exec("pkill -9 -f '[/]usr/lib/pandastack/kernels'; while pgrep -f '[/]usr/lib/pandastack/kernels'; do sleep 0.1; done",
-                  timeout_seconds=20)
+    # A killed process loses its command line before its socket: it is gone when its number is.
+    notebook.exec("old=$(pgrep -f '[/]usr/lib/pandastack/kernels'); kill -9 $old; for pid in $old; do while [ -d /proc/$pid ]; do sleep 0.1; done; done",
+                  timeout_seconds=20, check=True)
 
     with pytest.raises(NotFoundError):
         context.run_code("1")

@@ -103,7 +103,7 @@ def test_every_route_hides_what_is_another_workspaces(http, mine):
     assert not leaks, leaks
     # A 404 proves something only where the owner gets another answer.
     assert asked > 30 and {"/v1/sandboxes/{id}", "/v1/sandboxes/{id}/execs/{session}", "/v1/snapshots/{snapshot}",
-                           "/v1/volumes/{name}", "/v1/orgs/{org}"} <= found, (asked, found)
+                           "/v1/volumes/{name}", "/v1/volumes/{name}/snapshots", "/v1/orgs/{org}"} <= found, (asked, found)
     for path in (f"/v1/sandboxes/{mine['id']}", f"/v1/snapshots/{mine['snapshot']}", f"/v1/volumes/{mine['name']}",
                  f"/v1/sandboxes/{mine['id']}/execs"):
         assert http("GET", path).status_code == 200, path

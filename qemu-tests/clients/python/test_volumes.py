@@ -182,6 +182,106 @@ def test_a_child_has_a_clone_of_its_own(volume, client, http, making, way):
     assert client.volumes.get(name)["size_mb"] == SIZE
 
 
+@pytest.fixture
+def keep(http):
+    """Takes snapshots of volumes; what is left of them is deleted."""
+    made = []
+
+    def take(name, **body):
+        answer = http("POST", f"/v1/volumes/{name}/snapshots", json=body)
+        assert answer.status_code == 201, (answer.status_code, answer.text)
+        made.append(answer.json())
+        return made[-1]
+
+    yield take
+    for one in made:
+        assert http("DELETE", f"/v1/volumes/{one['volume']}/snapshots/{one['id']}").status_code in (204, 404)
+
+
+def copied(http, name, snapshot, **more):
+    return http("POST", "/v1/volumes", json={"name": name, "from_snapshot": snapshot["id"], **more})
+
+
+def test_a_snapshot_has_what_the_running_guest_wrote_and_outlives_the_volume(volume, keep, client, http, making):
+    name = volume()
+    one = attached(client, making, name)
+    # Not synced: it is in the guest's page cache only.
+    one.exec(f"echo first > /mnt/{name}/f", check=True)
+
+    snapshot = keep(name, label="nightly")
+
+    one.exec(f"echo second > /mnt/{name}/f; sync", check=True)
+    assert (snapshot["volume"], snapshot["size_mb"], snapshot["synced"], snapshot["label"]) == (name, SIZE, True, "nightly")
+    assert one.exec(f"cat /mnt/{name}/f").stdout == "second\n"
+    one.kill()
+    client.volumes.delete(name)
+    assert [kept["id"] for kept in http("GET", f"/v1/volumes/{name}/snapshots").json()] == [snapshot["id"]]
+    assert snapshot["id"] in [kept["id"] for kept in http("GET", "/v1/volume-snapshots").json()]
+    try:
+        for copy, more, size in ((name, {}, SIZE), (f"{name}-grown", {"size_mb": 4 * SIZE}, 4 * SIZE)):
+            answer = copied(http, copy, snapshot, **more)
+            assert (answer.status_code, answer.json()["size_mb"]) == (201, size), answer.text
+        # Never mounted since: a reader does without the journal.
+        reader = attached(client, making, name, read_only=True)
+        assert reader.exec(f"cat /mnt/{name}/f").stdout == "first\n"
+        grown = attached(client, making, f"{name}-grown")
+        assert grown.exec(f"cat /mnt/{name}-grown/f; echo mine > /mnt/{name}-grown/f; sync", check=True).stdout == "first\n"
+        assert int(grown.exec(f"df -B1M --output=size /mnt/{name}-grown | tail -1").stdout) > 3 * SIZE
+        assert reader.exec(f"cat /mnt/{name}/f").stdout == "first\n", "the copies have nothing in common"
+        assert grown.exec("dmesg | grep 'EXT4-fs error'").stdout == ""
+        grown.kill()
+        reader.kill()
+    finally:
+        for copy in (name, f"{name}-grown"):
+            try:
+                client.volumes.delete(copy)
+            except NotFoundError:
+                pass
+
+
+def test_a_snapshot_of_a_guest_that_stands_still_says_that_it_was_not_synced(volume, keep, client, making):
+    name = volume()
+    one = attached(client, making, name)
+    one.exec(f"echo kept > /mnt/{name}/f; sync", check=True)
+
+    one.pause()
+    still = keep(name)
+    one.resume()
+    one.hibernate()
+    asleep = keep(name)
+
+    assert (still["synced"], asleep["synced"]) == (False, True)
+    assert one.exec(f"cat /mnt/{name}/f").stdout == "kept\n"
+
+
+def test_what_a_volumes_snapshot_cannot_be_is_refused(volume, keep, client, foreign, http):
+    name = volume()
+    snapshot = keep(name)
+    before = http("GET", "/v1/volumes").json()
+
+    for more in ({"size_mb": SIZE - 1}, {"size_mb": 0}, {"size_mb": "64"}, {"size_mb": 65537}, {"name": ".."}, {"from_snapshot": 5}):
+        answer = http("POST", "/v1/volumes", json={"name": f"{name}-bad", "from_snapshot": snapshot["id"], **more})
+        assert answer.status_code == 400 and answer.json()["error"], (more, answer.status_code, answer.text)
+    assert copied(http, name, snapshot).status_code == 409
+    for wrong in ("a" * 20, "../x", ""):
+        assert http("POST", "/v1/volumes", json={"name": f"{name}-bad", "from_snapshot": wrong}).status_code == 404, wrong
+    for body in ({"label": 5}, {"label": "x" * 257}, [], "x"):
+        assert http("POST", f"/v1/volumes/{name}/snapshots", json=body).status_code == 400, body
+    for which in ("nobody-has-this", "%2e%2e"):
+        assert http("POST", f"/v1/volumes/{which}/snapshots").status_code == 404, which
+    for method, path, body in (("POST", f"/volumes/{name}/snapshots", {}), ("GET", f"/volumes/{name}/snapshots", None),
+                               ("DELETE", f"/volumes/{name}/snapshots/{snapshot['id']}", None),
+                               ("POST", "/volumes", {"name": name, "from_snapshot": snapshot["id"]})):
+        with pytest.raises(NotFoundError):
+            foreign._request(method, path, json=body)
+    assert foreign._request("GET", "/volume-snapshots") == []
+    assert http("GET", "/v1/volumes").json() == before
+    lines = {line["resource"]: line["used"] for line in http("GET", "/v1/quotas").json()["quotas"]}
+    assert lines["volumes"] == len(before) + len(http("GET", "/v1/volume-snapshots").json())
+    for status in (204, 404):
+        assert http("DELETE", f"/v1/volumes/{name}/snapshots/{snapshot['id']}").status_code == status
+
+
 def test_a_failed_create_holds_nothing(volume, client, http):
     name = volume()
 

@@ -45,10 +45,11 @@ impl Operator {
     /// What a workspace has; whoever gets its name next must not find anything.
     async fn has(&self, workspace: &str) -> Result<Vec<String>> {
         let name = || workspace.to_owned();
-        let (sandboxes, snapshots, volumes, templates) = tokio::join!(
+        let (sandboxes, snapshots, volumes, kept, templates) = tokio::join!(
             again(|| self.vmm.list(name())),
             again(|| self.storage.snapshots(name())),
             again(|| self.storage.volumes(name())),
+            again(|| self.storage.volume_snapshots(name())),
             again(|| self.storage.templates()),
         );
         let unknown = |error| match error {
@@ -61,6 +62,7 @@ impl Operator {
             (sandboxes.map_err(unknown)?.len(), "sandboxes"),
             (snapshots.map_err(unknown)?.len(), "snapshots"),
             (volumes.map_err(unknown)?.len(), "volumes"),
+            (kept.map_err(unknown)?.len(), "snapshots of volumes"),
             (
                 templates.map_err(unknown)?.iter().filter(|info| info.workspace == workspace).count(),
                 "templates",

@@ -208,7 +208,13 @@ async fn a_workspace_that_has_anything_stays() {
     );
     api.send("DELETE", &format!("/v1/snapshots/{}", snapshot["id"].as_str().unwrap()), &[], b"").await;
     assert!(matches!(delete().await, Err(Error::WrongState(_))));
+    let kept = api.post("/v1/volumes/data/snapshots", &json!({})).await.json();
     api.send("DELETE", "/v1/volumes/data", &[], b"").await;
+    assert!(
+        matches!(delete().await, Err(Error::WrongState(text)) if text.contains("1 snapshots of volumes"))
+    );
+    let kept = format!("/v1/volumes/data/snapshots/{}", kept["id"].as_str().unwrap());
+    assert_eq!(api.send("DELETE", &kept, &[], b"").await.status, 204);
     assert!(delete().await.unwrap());
     assert_eq!(api.get("/v1/me").await.status, 401);
     assert!(!delete().await.unwrap());

@@ -22,6 +22,7 @@ pub mod storage;
 pub mod systemd;
 mod template;
 pub mod vmm;
+mod volume;
 
 pub use error::{Error, Result};
 pub use id::{BadId, SandboxId};

@@ -11,6 +11,7 @@ use crate::{
 };
 
 pub use crate::template::{BUILDS, TemplateInfo, TemplateSpec, TemplateState};
+pub use crate::volume::{VolumeInfo, VolumeSnapshotInfo, VolumeSnapshotSpec, VolumeUse};
 
 /// Well-known name of the daemon.
 pub const NAME: &str = "ai.pandastack.storage1";
@@ -95,30 +96,28 @@ pub enum CaptureKind {
     Full,
 }
 
-/// A volume that a sandbox asks for.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, Type)]
-pub struct VolumeUse {
-    /// Its name within the workspace.
-    pub name: String,
-    /// Writes are refused by the host.
-    pub read_only: bool,
+/// What a check of a snapshot found.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, Type)]
+#[zvariant(signature = "s")]
+#[serde(rename_all = "lowercase")]
+pub enum Verdict {
+    /// Memory, state and disks are what was captured.
+    Whole,
+    /// They are not; it is refused from now on, until a check finds it whole.
+    Damaged,
+    /// It has no hash tree (yet): only its state and the lengths of its files were compared, and those are right.
+    Unhashed,
 }
 
-/// A volume.
+/// What became of a check of a snapshot.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, Type)]
-pub struct VolumeInfo {
-    /// Owner.
-    pub workspace: String,
-    /// Its name: `[A-Za-z0-9._-]{1,64}`, neither `.` nor `..`.
-    pub name: String,
-    /// Size in MiB.
-    pub size_mib: u64,
-    /// Bytes it takes on the data partition.
-    pub used_bytes: u64,
-    /// Unix milliseconds.
-    pub created_unix_ms: u64,
-    /// Sandboxes that have it; one at most if it is held for writing.
-    pub holders: Vec<String>,
+pub struct Verification {
+    /// In a word.
+    pub verdict: Verdict,
+    /// The files that are not what they were.
+    pub files: Vec<String>,
+    /// Why it cannot be restored, or cannot be checked; empty otherwise.
+    pub reason: String,
 }
 
 /// Space on the data partition, bytes.
@@ -211,6 +210,8 @@ pub trait StorageBackend: Send + Sync + 'static {
     /// See [`Storage`].
     fn delete_snapshot(&self, snapshot: String) -> impl Future<Output = Result<bool>> + Send;
     /// See [`Storage`].
+    fn verify_snapshot(&self, snapshot: String) -> impl Future<Output = Result<Verification>> + Send;
+    /// See [`Storage`].
     fn create_volume(
         &self,
         workspace: String,
@@ -235,6 +236,30 @@ pub trait StorageBackend: Send + Sync + 'static {
     fn grow_volume(
         &self,
         workspace: String,
+        name: String,
+        size_mib: u64,
+    ) -> impl Future<Output = Result<VolumeInfo>> + Send;
+    /// See [`Storage`].
+    fn snapshot_volume(
+        &self,
+        spec: VolumeSnapshotSpec,
+    ) -> impl Future<Output = Result<VolumeSnapshotInfo>> + Send;
+    /// See [`Storage`].
+    fn volume_snapshots(
+        &self,
+        workspace: String,
+    ) -> impl Future<Output = Result<Vec<VolumeSnapshotInfo>>> + Send;
+    /// See [`Storage`].
+    fn delete_volume_snapshot(
+        &self,
+        workspace: String,
+        id: String,
+    ) -> impl Future<Output = Result<bool>> + Send;
+    /// See [`Storage`].
+    fn restore_volume(
+        &self,
+        workspace: String,
+        snapshot: String,
         name: String,
         size_mib: u64,
     ) -> impl Future<Output = Result<VolumeInfo>> + Send;
@@ -407,6 +432,14 @@ impl<B: StorageBackend> Storage<B> {
         self.0.delete_snapshot(snapshot).await
     }
 
+    /// Compares a snapshot with its hash tree and its manifest, and answers what it found. One that is not what was captured is
+    /// refused from then on, also after a restart, until a later check finds it whole. In the background way, so that it takes
+    /// minutes per GiB (`busctl --timeout`), one after the other; a caller that does not wait changes nothing about it.
+    /// `NotFound`, also when it is deleted meanwhile.
+    async fn verify_snapshot(&self, snapshot: String) -> Result<Verification> {
+        self.0.verify_snapshot(snapshot).await
+    }
+
     /// Makes a volume with an empty file system. `Exists` when the name is taken; `NoSpace`.
     async fn create_volume(&self, workspace: String, name: String, size_mib: u64) -> Result<VolumeInfo> {
         self.0.create_volume(workspace, name, size_mib).await
@@ -443,6 +476,35 @@ impl<B: StorageBackend> Storage<B> {
     /// when it would shrink.
     async fn grow_volume(&self, workspace: String, name: String, size_mib: u64) -> Result<VolumeInfo> {
         self.0.grow_volume(workspace, name, size_mib).await
+    }
+
+    /// Makes a snapshot of a volume, durably and all at once, whoever has it; vmm sees to it that a guest holds nothing back. It
+    /// counts as a volume of that size, and stays when the volume goes. The same id again: nothing to do. `NotFound`; `Quota`;
+    /// `NoSpace`; `Exists` when the id is that of another one.
+    async fn snapshot_volume(&self, spec: VolumeSnapshotSpec) -> Result<VolumeSnapshotInfo> {
+        self.0.snapshot_volume(spec).await
+    }
+
+    /// Snapshots of volumes of a workspace, newest first; of all workspaces for the empty name.
+    async fn volume_snapshots(&self, workspace: String) -> Result<Vec<VolumeSnapshotInfo>> {
+        self.0.volume_snapshots(workspace).await
+    }
+
+    /// Deletes a snapshot of a volume of this workspace; volumes made of it are not concerned. Answers whether it was there.
+    async fn delete_volume_snapshot(&self, workspace: String, id: String) -> Result<bool> {
+        self.0.delete_volume_snapshot(workspace, id).await
+    }
+
+    /// Makes a volume that shares the blocks of a snapshot of this workspace; `size_mib` 0: as large, more: grown, less:
+    /// `InvalidArgument`. `Exists` when the name is taken; `Quota`; `NoSpace`.
+    async fn restore_volume(
+        &self,
+        workspace: String,
+        snapshot: String,
+        name: String,
+        size_mib: u64,
+    ) -> Result<VolumeInfo> {
+        self.0.restore_volume(workspace, snapshot, name, size_mib).await
     }
 
     /// Sets how much a workspace may have of `volumes` or `volume_mib`, durably; below 0: no limit. What is there already

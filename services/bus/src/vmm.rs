@@ -8,7 +8,7 @@ use zbus::{OwnedFd, Type, interface, object_server::SignalEmitter};
 use crate::{
     Error, Result,
     quota::{Quota, Resource},
-    storage::{SnapshotInfo, VolumeUse},
+    storage::{SnapshotInfo, VolumeSnapshotInfo, VolumeSnapshotSpec, VolumeUse},
 };
 
 /// Well-known name of the daemon.
@@ -288,6 +288,11 @@ pub trait VmmBackend: Send + Sync + 'static {
     /// See [`Vmm`].
     fn snapshot(&self, id: String, snapshot: String) -> impl Future<Output = Result<SnapshotInfo>> + Send;
     /// See [`Vmm`].
+    fn snapshot_volume(
+        &self,
+        spec: VolumeSnapshotSpec,
+    ) -> impl Future<Output = Result<VolumeSnapshotInfo>> + Send;
+    /// See [`Vmm`].
     fn fork(
         &self,
         request: String,
@@ -420,6 +425,13 @@ impl<B: VmmBackend> Vmm<B> {
     /// taken. A paused one stays paused.
     async fn snapshot(&self, id: String, snapshot: String) -> Result<SnapshotInfo> {
         self.0.snapshot(id, snapshot).await
+    }
+
+    /// Takes a snapshot of a volume of a workspace on storage. A guest that may write to it writes out first what it holds back;
+    /// it runs on, and nothing else happens to its sandbox meanwhile. `synced` of `spec` means nothing; that of the answer says
+    /// whether the guest could. The same id again waits for, and answers with, the same snapshot.
+    async fn snapshot_volume(&self, spec: VolumeSnapshotSpec) -> Result<VolumeSnapshotInfo> {
+        self.0.snapshot_volume(spec).await
     }
 
     /// Captures a sandbox once and makes children of it side by side, each unique, with memory and disk of that moment; the

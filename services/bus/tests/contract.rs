@@ -88,6 +88,12 @@ impl vmm::VmmBackend for Nobody {
     fn snapshot(&self, _: String, _: String) -> impl Future<Output = Result<storage::SnapshotInfo>> + Send {
         no()
     }
+    fn snapshot_volume(
+        &self,
+        _: storage::VolumeSnapshotSpec,
+    ) -> impl Future<Output = Result<storage::VolumeSnapshotInfo>> + Send {
+        no()
+    }
     fn fork(
         &self,
         _: String,
@@ -223,6 +229,33 @@ impl storage::StorageBackend for Nobody {
         no()
     }
     fn delete_snapshot(&self, _: String) -> impl Future<Output = Result<bool>> + Send {
+        no()
+    }
+    fn verify_snapshot(&self, _: String) -> impl Future<Output = Result<storage::Verification>> + Send {
+        no()
+    }
+    fn snapshot_volume(
+        &self,
+        _: storage::VolumeSnapshotSpec,
+    ) -> impl Future<Output = Result<storage::VolumeSnapshotInfo>> + Send {
+        no()
+    }
+    fn volume_snapshots(
+        &self,
+        _: String,
+    ) -> impl Future<Output = Result<Vec<storage::VolumeSnapshotInfo>>> + Send {
+        no()
+    }
+    fn delete_volume_snapshot(&self, _: String, _: String) -> impl Future<Output = Result<bool>> + Send {
+        no()
+    }
+    fn restore_volume(
+        &self,
+        _: String,
+        _: String,
+        _: String,
+        _: u64,
+    ) -> impl Future<Output = Result<storage::VolumeInfo>> + Send {
         no()
     }
     fn create_volume(

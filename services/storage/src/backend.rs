@@ -127,6 +127,10 @@ impl StorageBackend for Manager {
             .await
     }
 
+    async fn verify_snapshot(&self, snapshot: String) -> bus::Result<Verification> {
+        self.verify(&snapshot).await
+    }
+
     async fn create_volume(&self, workspace: String, name: String, size_mib: u64) -> bus::Result<VolumeInfo> {
         self.run("create_volume", move |inner| {
             inner.volumes.create(&inner.place, &workspace, &name, size_mib)
@@ -160,6 +164,42 @@ impl StorageBackend for Manager {
     async fn grow_volume(&self, workspace: String, name: String, size_mib: u64) -> bus::Result<VolumeInfo> {
         self.run("grow_volume", move |inner| inner.volumes.grow(&inner.place, &workspace, &name, size_mib))
             .await
+    }
+
+    async fn snapshot_volume(&self, spec: VolumeSnapshotSpec) -> bus::Result<VolumeSnapshotInfo> {
+        let id = spec.id.clone();
+        self.with_snapshot(&id, "snapshot_volume", move |inner, id| {
+            inner.volumes.snapshot(&inner.place, id, spec)
+        })
+        .await
+    }
+
+    async fn volume_snapshots(&self, workspace: String) -> bus::Result<Vec<VolumeSnapshotInfo>> {
+        self.run("volume_snapshots", move |inner| {
+            Ok(inner.volumes.snapshots(&inner.place.layout, &workspace))
+        })
+        .await
+    }
+
+    async fn delete_volume_snapshot(&self, workspace: String, id: String) -> bus::Result<bool> {
+        self.with_snapshot(&id, "delete_volume_snapshot", move |inner, id| {
+            inner.volumes.delete_snapshot(&inner.place, &workspace, id)
+        })
+        .await
+    }
+
+    async fn restore_volume(
+        &self,
+        workspace: String,
+        snapshot: String,
+        name: String,
+        size_mib: u64,
+    ) -> bus::Result<VolumeInfo> {
+        let snapshot = id_of(&snapshot)?;
+        self.run("restore_volume", move |inner| {
+            inner.volumes.restore(&inner.place, &workspace, &snapshot, &name, size_mib)
+        })
+        .await
     }
 
     async fn set_quota(&self, workspace: String, resource: Resource, limit: i64) -> bus::Result<()> {

@@ -16,12 +16,15 @@ use std::{
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 
-use crate::{copy::next_data, identity::Digest, place::open_regular};
+use crate::{copy::next_data, error::StorageError, identity::Digest, place::open_regular};
 
 /// What a MAC says that it is.
 pub const KIND: &str = "snapshot hashes";
 const VERSION: u32 = 1;
 const CHUNK: u64 = 1 << 20;
+
+/// Largest document, bytes: eleven files at most.
+pub const LIMIT: u64 = 64 * 1024;
 
 /// As it is kept.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -33,6 +36,13 @@ pub struct Hashes {
     pub files: BTreeMap<String, Digest>,
     /// Over all of them.
     pub root: Digest,
+}
+
+impl Hashes {
+    /// Whether it is of this snapshot and of a form that is known here.
+    pub fn is_of(&self, snapshot: &str) -> bool {
+        self.version == VERSION && self.snapshot == snapshot
+    }
 }
 
 /// Computes it of these files in `folder`. After each chunk `rest` is called with what that took; answering `false` it
@@ -48,13 +58,24 @@ pub fn compute<'a>(
 ) -> io::Result<Hashes> {
     let mut files = BTreeMap::new();
     for name in names {
-        let file = open_regular(&folder.join(name)).map_err(io::Error::other)?;
-        files.insert(name.to_owned(), of_file(&file, &mut rest)?);
+        files.insert(name.to_owned(), of_path(&folder.join(name), &mut rest)?);
     }
     let parts: Vec<_> =
         files.iter().flat_map(|(name, digest)| [name.as_bytes(), digest.as_str().as_bytes()]).collect();
     let root = Digest::of_parts(&parts);
     Ok(Hashes { version: VERSION, snapshot: snapshot.to_owned(), files, root })
+}
+
+/// The digest of one file; see [`compute`].
+///
+/// # Errors
+/// As [`compute`].
+pub fn of_path(path: &Path, mut rest: impl FnMut(Duration) -> bool) -> io::Result<Digest> {
+    let file = open_regular(path).map_err(|error| match error {
+        StorageError::Io { source, .. } => source,
+        other => io::Error::other(other),
+    })?;
+    of_file(&file, &mut rest)
 }
 
 fn of_file(file: &File, rest: &mut impl FnMut(Duration) -> bool) -> io::Result<Digest> {

@@ -8,8 +8,10 @@
 //!   <state>/templates/<name>/bakes/<bake>/       mem, state, root.img, manifest.json: sealed, never written again
 //!   <state>/sandboxes/<id>/                      what a unit sees as /vm; `s/` in it is Firecracker's own, `c.*` a capture
 //!                                                that is not finished
-//!   <state>/snapshots/<id>/                      mem, state, root.img, drives, manifest.json, hashes.json: sealed, too
+//!   <state>/snapshots/<id>/                      mem, state, root.img, drives, manifest.json, hashes.json: sealed, too; damage.txt
+//!                                                when a check found some
 //!   <state>/volumes/<id>/                        disk.img, manifest.json; the id is ours, names of tenants are no paths
+//!   <state>/volume-snapshots/<id>/               disk.img, manifest.json: of a volume that may be gone; never written again
 //!   <state>/holds/<sandbox>.json                 the volumes that a sandbox has
 //!   <state>/quotas/<workspace>.json              how many volumes, and how large, a workspace may have
 //!   <state>/zero.img                             what a read-only drive without a volume is
@@ -54,6 +56,8 @@ pub const DISK: &str = "disk.img";
 pub const RESIDENT: &str = "resident.json";
 /// Hash tree of a snapshot.
 pub const HASHES: &str = "hashes.json";
+/// What a check found wrong with a snapshot; its presence says that it must not be restored.
+pub const DAMAGE: &str = "damage.txt";
 /// What a directory of ours holds; its presence says that the directory is complete.
 pub const MANIFEST: &str = "manifest.json";
 /// Description of a template on its partition.
@@ -173,6 +177,16 @@ impl Layout {
         self.volumes().join(id.as_str())
     }
 
+    /// Parent of all snapshots of volumes.
+    pub fn volume_snapshots(&self) -> PathBuf {
+        self.state.join("volume-snapshots")
+    }
+
+    /// One snapshot of a volume.
+    pub fn volume_snapshot(&self, id: &SandboxId) -> PathBuf {
+        self.volume_snapshots().join(id.as_str())
+    }
+
     /// What workspaces may have.
     pub fn quotas(&self) -> PathBuf {
         self.state.join("quotas")
@@ -269,6 +283,7 @@ mod tests {
             }
             if let Ok(id) = text.parse::<SandboxId>() {
                 paths.extend([layout.sandbox(&id), layout.snapshot(&id), layout.volume(&id), layout.hold(&id), layout.difference(&id)]);
+                paths.push(layout.volume_snapshot(&id));
             }
             if let Ok(digest) = text.parse::<Digest>() {
                 paths.push(layout.artefact(&digest));
@@ -292,6 +307,7 @@ mod tests {
             layout.sandbox(&SandboxId::random()),
             layout.snapshot(&SandboxId::random()),
             layout.volume(&SandboxId::random()),
+            layout.volume_snapshot(&SandboxId::random()),
             layout.hold(&SandboxId::random()),
             layout.zero(),
             layout.manifest_key(),

@@ -5,7 +5,7 @@
 //!
 //! Pure: [`template`], [`progress`], [`gc`], [`ext4`], [`identity`], [`layout`], [`mac`], [`hold`]. Effects: [`place`],
 //! [`artefact`], [`import`], [`bake`], [`drive`], [`sandbox`], [`capture`], [`manifest`], [`snapshot`], [`hashes`],
-//! [`mkfs`], [`volume`], [`own`]. [`manager`], [`templates`] and [`backend`] put them behind the bus interface, [`serve`] on the bus.
+//! [`mkfs`], [`volume`] (with `volume_index` and `volume_snapshot`), [`own`], [`verify`]. [`manager`], [`templates`] and [`backend`] put them behind the bus interface, [`serve`] on the bus.
 
 pub mod artefact;
 pub mod backend;
@@ -37,7 +37,10 @@ pub mod serve;
 pub mod snapshot;
 pub mod template;
 pub mod templates;
+pub mod verify;
 pub mod volume;
+mod volume_index;
+mod volume_snapshot;
 
 pub use error::StorageError;
 pub use manager::{Config, Manager};

@@ -15,7 +15,10 @@ use std::{
 };
 
 use nix::unistd::Gid;
-use pandastack_bus::{self as bus, SandboxId, storage::TemplateState};
+use pandastack_bus::{
+    self as bus, SandboxId,
+    storage::{TemplateState, Verification},
+};
 use pandastack_daemon::chain;
 use tokio::sync::broadcast;
 
@@ -79,6 +82,8 @@ pub(crate) struct Inner {
     busy: Keyed<SandboxId>,
     /// Who makes or deletes a snapshot.
     making: Keyed<SandboxId>,
+    /// Held while a snapshot is compared with its hash tree.
+    checking: tokio::sync::Mutex<()>,
 }
 
 impl Manager {
@@ -123,6 +128,7 @@ impl Manager {
             volumes,
             busy: Keyed::default(),
             making: Keyed::default(),
+            checking: tokio::sync::Mutex::default(),
         };
         for entry in inner.entries() {
             let name = entry.name();
@@ -165,7 +171,36 @@ impl Manager {
     /// Computes the hash trees that are missing. One that fails is tried again after the next snapshot. Dropped, it ends
     /// soon.
     pub async fn hash_missing(&self) {
-        /// Says so to the thread that computes.
+        for snapshot in self.inner.snapshots.unhashed(&self.inner.place.layout) {
+            let id = snapshot.id().clone();
+            let outcome =
+                self.unhurried(move |inner, rest| inner.snapshots.hash(&inner.place.layout, &snapshot, rest));
+            if let Err(error) = outcome.await {
+                tracing::error!(snapshot = %id, "hash tree: {}", chain(&error));
+            }
+        }
+    }
+
+    /// Compares a snapshot with its hash tree; one after the other. Takes minutes. Dropped, it ends soon.
+    ///
+    /// # Errors
+    /// See [`bus::storage::Storage`].
+    pub(crate) async fn verify(&self, snapshot: &str) -> bus::Result<Verification> {
+        let id = id_of(snapshot)?;
+        let _turn = self.inner.checking.lock().await;
+        let found = self.inner.snapshots.find(&id)?;
+        let outcome =
+            self.unhurried(move |inner, rest| inner.snapshots.verify(&inner.place.layout, &found, rest));
+        outcome.await.map_err(|error| told(id.as_str(), "verify_snapshot", error))
+    }
+
+    /// Work in the background: whenever it calls what it is given, with what it took since then, it is made to rest. Answered
+    /// `false`, it ends: nobody waits for it any more.
+    async fn unhurried<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&Inner, &mut dyn FnMut(Duration) -> bool) -> Result<T> + Send + 'static,
+    ) -> Result<T> {
+        /// Says so to the thread that works.
         struct Ended(Arc<AtomicBool>);
         impl Drop for Ended {
             fn drop(&mut self) {
@@ -173,19 +208,14 @@ impl Manager {
             }
         }
         let ended = Ended(Arc::default());
-        for snapshot in self.inner.snapshots.unhashed(&self.inner.place.layout) {
-            let (inner, flag) = (Arc::clone(&self.inner), Arc::clone(&ended.0));
-            let id = snapshot.id().clone();
-            let outcome = blocking(move || {
-                inner.snapshots.hash(&inner.place.layout, &snapshot, |took| {
-                    std::thread::sleep(took * REST);
-                    !flag.load(Ordering::Relaxed)
-                })
-            });
-            if let Err(error) = outcome.await {
-                tracing::error!(snapshot = %id, "hash tree: {}", chain(&error));
-            }
-        }
+        let (inner, flag) = (Arc::clone(&self.inner), Arc::clone(&ended.0));
+        blocking(move || {
+            work(&inner, &mut |took| {
+                std::thread::sleep(took * REST);
+                !flag.load(Ordering::Relaxed)
+            })
+        })
+        .await
     }
 
     /// Every change of a template's state from now on.
@@ -324,7 +354,7 @@ impl Inner {
             templates: entries.iter().map(kept).collect(),
             artefacts: self.artefacts.digests().into_iter().chain(self.snapshots.programs()).collect(),
         };
-        let folders = [layout.sandboxes(), layout.snapshots(), layout.volumes()];
+        let folders = [layout.sandboxes(), layout.snapshots(), layout.volumes(), layout.volume_snapshots()];
         let strays = folders.iter().map(|folder| children(folder)).collect::<Result<Vec<_>>>()?;
         let strays = strays.into_iter().flatten().filter(|path| {
             path.file_name()

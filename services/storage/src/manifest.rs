@@ -120,7 +120,7 @@ impl Manifest {
     }
 
     /// Whether its files are there as they were sealed, as far as their lengths say.
-    fn is_whole(&self, folder: &Path) -> bool {
+    pub(crate) fn is_whole(&self, folder: &Path) -> bool {
         let ours = geteuid().as_raw();
         let known = |name: &str| NEEDED.contains(&name) || layout::drives().any(|drive| drive == name);
         NEEDED.iter().all(|name| self.files.contains_key(*name))

@@ -59,6 +59,7 @@ impl Place {
             layout.templates(),
             layout.snapshots(),
             layout.volumes(),
+            layout.volume_snapshots(),
             layout.holds(),
             layout.staging(),
             layout.trash(),
@@ -287,9 +288,16 @@ pub fn link_sealed(from: &Path, to: &Path, durable: bool) -> Result<()> {
 /// # Errors
 /// [`StorageError::NoSpace`]; there is one already, or `from` is no regular file.
 pub fn clone_file(from: &Path, to: &Path, mode: u32) -> Result<File> {
-    let source = open_regular(from)?;
+    clone_open(&open_regular(from)?, to, mode)
+}
+
+/// [`clone_file`] of a file that is open: it may have no name any more.
+///
+/// # Errors
+/// [`StorageError::NoSpace`]; there is one already.
+pub fn clone_open(from: &File, to: &Path, mode: u32) -> Result<File> {
     let file = create(to, mode)?;
-    reflink::clone(&source, &file).at(to)?;
+    reflink::clone(from, &file).at(to)?;
     Ok(file)
 }
 

@@ -9,7 +9,7 @@ use std::{
     fs, io,
     os::unix::fs::MetadataExt,
     path::Path,
-    sync::{Arc, OnceLock, PoisonError, RwLock},
+    sync::{Arc, Mutex, PoisonError, RwLock},
     time::Duration,
 };
 
@@ -30,19 +30,23 @@ use crate::{
     place::{Place, Staged, children, clone_file, exists, remove_tree},
     resident,
     sandbox::{self, Content},
+    verify,
     volume::Volumes,
 };
 
 /// A snapshot in the index.
 #[derive(Debug)]
 pub struct Snapshot {
-    id: SandboxId,
+    pub(crate) id: SandboxId,
     /// `None` when it cannot be read.
-    manifest: Option<Manifest>,
+    pub(crate) manifest: Option<Manifest>,
+    /// As its manifest says.
     unusable: String,
     size_bytes: u64,
     /// Whether its state is what was captured: found out once, when it is first used.
-    state_whole: OnceLock<bool>,
+    pub(crate) state_whole: Mutex<Option<bool>>,
+    /// What the last check of its contents found wrong.
+    pub(crate) damage: Mutex<Option<String>>,
     /// Whoever takes something from it reads under this lock, so that it does not go meanwhile.
     gone: RwLock<bool>,
 }
@@ -51,7 +55,7 @@ pub struct Snapshot {
 #[derive(Debug)]
 pub struct Snapshots {
     index: RwLock<BTreeMap<SandboxId, Arc<Snapshot>>>,
-    signer: Signer,
+    pub(crate) signer: Signer,
     processor: Digest,
     /// A snapshot was made.
     news: Notify,
@@ -67,8 +71,9 @@ impl Snapshots {
         let ids = children(&layout.snapshots())?.into_iter();
         for id in ids.filter_map(|path| path.file_name()?.to_str()?.parse::<SandboxId>().ok()) {
             let found = all.read(layout, &id);
-            if !found.unusable.is_empty() {
-                tracing::warn!(snapshot = %id, "cannot be restored: {}", found.unusable);
+            let why = found.why();
+            if !why.is_empty() {
+                tracing::warn!(snapshot = %id, "cannot be restored: {why}");
             }
             all.insert(found);
         }
@@ -219,7 +224,7 @@ impl Snapshots {
         let mut all = self.all();
         all.retain(|found| {
             let tenant = |manifest: &Manifest| manifest.spec.purpose == Purpose::Snapshot;
-            found.unusable.is_empty()
+            found.why().is_empty()
                 && found.manifest.as_ref().is_some_and(tenant)
                 && !exists(&layout.snapshot(&found.id).join(layout::HASHES))
         });
@@ -289,7 +294,8 @@ impl Snapshots {
             size_bytes: blocks(&target),
             manifest: Some(manifest),
             unusable: String::new(),
-            state_whole: OnceLock::from(true),
+            state_whole: Mutex::new(Some(true)),
+            damage: Mutex::default(),
             gone: RwLock::new(false),
         });
         self.news.notify_one();
@@ -313,7 +319,8 @@ impl Snapshots {
             manifest,
             unusable: unusable.to_owned(),
             size_bytes: blocks(&folder),
-            state_whole: OnceLock::new(),
+            state_whole: Mutex::default(),
+            damage: Mutex::new(verify::known_damage(&folder)),
             gone: RwLock::new(false),
         }
     }
@@ -327,20 +334,37 @@ impl Snapshot {
 
     /// What the bus is told.
     pub fn info(&self) -> SnapshotInfo {
-        let unusable = match self.state_whole.get() {
-            Some(false) => DAMAGED_STATE.into(),
-            _ => self.unusable.clone(),
-        };
         SnapshotInfo {
             spec: self.manifest.as_ref().map_or_else(|| nobody(&self.id), |manifest| manifest.spec.clone()),
             size_bytes: self.size_bytes,
             created_unix_ms: self.manifest.as_ref().map_or(0, |manifest| manifest.created_unix_ms),
-            unusable,
+            unusable: self.why(),
         }
     }
 
+    /// Why it cannot be restored, as far as is known; empty when it can.
+    pub(crate) fn why(&self) -> String {
+        if !self.unusable.is_empty() {
+            return self.unusable.clone();
+        }
+        if let Some(found) = &*self.damage.lock().unwrap_or_else(PoisonError::into_inner) {
+            return found.clone();
+        }
+        match *self.state_whole.lock().unwrap_or_else(PoisonError::into_inner) {
+            Some(false) => DAMAGED_STATE.into(),
+            _ => String::new(),
+        }
+    }
+
+    /// Whether its state is what was captured.
+    pub(crate) fn is_state_whole(&self, folder: &Path, manifest: &Manifest) -> bool {
+        let length = manifest.files.get(layout::STATE).copied().unwrap_or(0);
+        let bytes = files::read_limited(&folder.join(layout::STATE), length).ok().flatten();
+        bytes.is_some_and(|bytes| Digest::of(&bytes) == manifest.state)
+    }
+
     /// It stays until the guard is dropped.
-    fn stay(&self) -> Result<std::sync::RwLockReadGuard<'_, bool>> {
+    pub(crate) fn stay(&self) -> Result<std::sync::RwLockReadGuard<'_, bool>> {
         let gone = self.gone.read().unwrap_or_else(PoisonError::into_inner);
         if *gone { Err(not_found(&self.id)) } else { Ok(gone) }
     }
@@ -349,20 +373,17 @@ impl Snapshot {
         let refuse = |why: &str| {
             Err(StorageError::WrongState(format!("snapshot {} cannot be restored: {why}", self.id)))
         };
-        let Some(manifest) = self.manifest.as_ref().filter(|_| self.unusable.is_empty()) else {
-            return refuse(&self.unusable);
+        let why = self.why();
+        let Some(manifest) = self.manifest.as_ref().filter(|_| why.is_empty()) else {
+            return refuse(&why);
         };
-        let state = layout.snapshot(&self.id).join(layout::STATE);
-        let whole = self.state_whole.get_or_init(|| {
-            let length = manifest.files.get(layout::STATE).copied().unwrap_or(0);
-            let bytes = files::read_limited(&state, length).ok().flatten();
-            bytes.is_some_and(|bytes| Digest::of(&bytes) == manifest.state)
-        });
-        if *whole { Ok(manifest) } else { refuse(DAMAGED_STATE) }
+        let mut whole = self.state_whole.lock().unwrap_or_else(PoisonError::into_inner);
+        let look = || self.is_state_whole(&layout.snapshot(&self.id), manifest);
+        if *whole.get_or_insert_with(look) { Ok(manifest) } else { refuse(DAMAGED_STATE) }
     }
 }
 
-const DAMAGED_STATE: &str = "the state of its machine is damaged";
+pub(crate) const DAMAGED_STATE: &str = "the state of its machine is damaged";
 
 /// What is told of one of which nothing is known.
 fn nobody(id: &SandboxId) -> SnapshotSpec {

@@ -1,16 +1,16 @@
 //! Volumes: disks of a workspace that outlive sandboxes, and who has them.
 //!
-//! Owns `volumes/` and `holds/` and the index of both, which is read at the start. Refuses to know what is in a volume:
-//! its file system is made before any guest has it and is the guest's from then on.
+//! Owns `volumes/` and `holds/`, and the lock over the index ([`crate::volume_index`]), which is read at the start. Refuses to
+//! know what is in a volume: its file system is made before any guest has it and is the guest's from then on.
 //!
 //! A hold is one file per sandbox, so that a sandbox has all of its volumes or none. Its writer opens the file by its
 //! group; a reader opens the same file, and there it is Firecracker that refuses writes: the drive was made read-only
 //! with the machine (`is_read_only`), the file is opened for reading only, and a guest can change neither.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::BTreeSet,
     fs::{self, File, OpenOptions},
-    os::unix::fs::{MetadataExt, OpenOptionsExt},
+    os::unix::fs::OpenOptionsExt,
     path::{Path, PathBuf},
     sync::{Mutex, MutexGuard, PoisonError},
 };
@@ -25,57 +25,29 @@ use pandastack_daemon::{
     chain, files,
     quotas::{self, Quotas},
 };
-use serde::{Deserialize, Serialize};
 
 use crate::{
     bake::now_unix_ms,
     drive,
     error::{At, Result, StorageError},
-    hold::{Answer, Held, Hold, Holds},
+    hold::{Answer, Hold},
     import::write_manifest,
     layout::{self, Layout},
     mkfs,
     place::{Place, children, clone_file, create, remove_tree, same_file},
     sandbox,
-    template::TemplateName,
+    volume_index::{Assigned, Index, Manifest, VERSION, Volume, check, check_name, key, read},
+    volume_snapshot,
 };
 
 /// Largest volume, MiB.
 pub const SIZE_LIMIT_MIB: u64 = 65536;
-const LIMIT: u64 = 64 * 1024;
-const VERSION: u32 = 1;
-
-/// What a volume is.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-struct Manifest {
-    version: u32,
-    workspace: String,
-    name: String,
-    size_mib: u64,
-    created_unix_ms: u64,
-}
-
-#[derive(Debug)]
-struct Volume {
-    id: SandboxId,
-    manifest: Manifest,
-}
-
-#[derive(Debug, Default)]
-struct Index {
-    /// By workspace and name.
-    volumes: BTreeMap<(String, String), Volume>,
-    holds: Holds,
-}
-
-/// A volume and the drive that it is to be.
-type Assigned<'a> = (&'a VolumeUse, &'static str);
 
 /// All volumes. Changes are short but for the making of a file system, so one lock is enough.
 #[derive(Debug)]
 pub struct Volumes {
     index: Mutex<Index>,
-    quotas: Quotas,
+    pub(crate) quotas: Quotas,
 }
 
 impl Volumes {
@@ -100,6 +72,7 @@ impl Volumes {
                 Err(error) => tracing::error!(volume = %id, "{}", chain(&error)),
             }
         }
+        index.snapshots = volume_snapshot::read_all(layout)?;
         files::remove_leftovers(&layout.holds()).at(&layout.holds())?;
         for path in children(&layout.holds())? {
             let Some(sandbox) = path.file_stem().and_then(|name| name.to_str()?.parse::<SandboxId>().ok())
@@ -151,7 +124,11 @@ impl Volumes {
         })
     }
 
-    fn make(
+    /// Makes one of a file with these contents, durably.
+    ///
+    /// # Errors
+    /// As [`Volumes::create`].
+    pub(crate) fn make(
         &self,
         place: &Place,
         workspace: &str,
@@ -365,7 +342,7 @@ impl Volumes {
     ///
     /// # Errors
     /// As [`Volumes::insert`].
-    pub fn disks<'a>(
+    pub(crate) fn disks<'a>(
         &self,
         layout: &Layout,
         sandbox: &SandboxId,
@@ -391,110 +368,8 @@ impl Volumes {
         quotas::lines(&self.quotas.of(workspace), self.lock().used(workspace))
     }
 
-    fn lock(&self) -> MutexGuard<'_, Index> {
+    /// What there is. Taken for short times only.
+    pub(crate) fn lock(&self) -> MutexGuard<'_, Index> {
         self.index.lock().unwrap_or_else(PoisonError::into_inner)
     }
-}
-
-impl Index {
-    /// What a workspace has.
-    fn used(&self, workspace: &str) -> [(Resource, u64); 2] {
-        let theirs = self.volumes.values().filter(|volume| volume.manifest.workspace == workspace);
-        let sizes = theirs.map(|volume| volume.manifest.size_mib);
-        let (count, mib) = sizes.fold((0, 0u64), |(count, sum), mib| (count + 1, sum.saturating_add(mib)));
-        [(Resource::Volumes, count), (Resource::VolumeMib, mib)]
-    }
-
-    /// Whether a workspace may have so many more volumes, and MiB of them.
-    fn admit(&self, quotas: &Quotas, workspace: &str, volumes: u64, mib: u64) -> Result<()> {
-        let limits = quotas.of(workspace);
-        let pairs = self.used(workspace).into_iter().zip([volumes, mib]);
-        let check = |((resource, used), more)| quotas::admit(&limits, resource, used, more);
-        pairs.into_iter().try_for_each(check).map_err(StorageError::Refused)
-    }
-
-    fn find(&self, workspace: &str, name: &str) -> Result<&Volume> {
-        self.volumes.get(&key(workspace, name)).ok_or_else(|| {
-            let shown: String = name.chars().take(64).collect();
-            StorageError::NotFound(format!("volume {shown:?} not found"))
-        })
-    }
-
-    fn info(&self, layout: &Layout, workspace: &str, name: &str) -> Result<VolumeInfo> {
-        Ok(self.describe(layout, self.find(workspace, name)?))
-    }
-
-    fn describe(&self, layout: &Layout, volume: &Volume) -> VolumeInfo {
-        let found = fs::symlink_metadata(layout.volume(&volume.id).join(layout::DISK));
-        let Manifest { workspace, name, size_mib, created_unix_ms, .. } = volume.manifest.clone();
-        VolumeInfo {
-            workspace,
-            name,
-            size_mib,
-            used_bytes: found.map_or(0, |found| found.blocks() * 512),
-            created_unix_ms,
-            holders: self.holds.of(&volume.id).into_iter().map(ToString::to_string).collect(),
-        }
-    }
-
-    fn unused(&self, volume: &Volume) -> Result<()> {
-        match self.holds.of(&volume.id).first() {
-            None => Ok(()),
-            Some(sandbox) => {
-                let name = &volume.manifest.name;
-                Err(StorageError::WrongState(format!("volume {name:?} is used by sandbox {sandbox}")))
-            }
-        }
-    }
-
-    fn held(&self, workspace: &str, volume: &VolumeUse) -> Result<Held> {
-        let id = self.find(workspace, &volume.name)?.id.clone();
-        Ok(Held { volume: id, read_only: volume.read_only })
-    }
-
-    fn disks<'a>(
-        &self,
-        layout: &Layout,
-        sandbox: &SandboxId,
-        workspace: &str,
-        volumes: impl IntoIterator<Item = Assigned<'a>>,
-    ) -> Result<Vec<(PathBuf, &'static str)>> {
-        let disk = |(volume, drive): Assigned<'a>| {
-            let held = self.held(workspace, volume)?;
-            if self.holds.has(sandbox, &held) {
-                return Ok((layout.volume(&held.volume).join(layout::DISK), drive));
-            }
-            let name = &volume.name;
-            Err(StorageError::WrongState(format!("sandbox {sandbox} does not hold volume {name:?} so")))
-        };
-        volumes.into_iter().map(disk).collect()
-    }
-}
-
-fn key(workspace: &str, name: &str) -> (String, String) {
-    (workspace.to_owned(), name.to_owned())
-}
-
-fn check(workspace: &str, name: &str, size_mib: u64) -> Result<()> {
-    check_name(workspace, name)?;
-    if !(1..=SIZE_LIMIT_MIB).contains(&size_mib) {
-        return Err(StorageError::Invalid(format!("a volume has 1 to {SIZE_LIMIT_MIB} MiB")));
-    }
-    Ok(())
-}
-
-fn check_name(workspace: &str, name: &str) -> Result<()> {
-    // A template's name is made by the same rule.
-    let why = match name.parse::<TemplateName>() {
-        Err(_) => "a volume's name has 1 to 64 of A-Z, a-z, 0-9, '.', '_' and '-'",
-        Ok(_) if workspace.is_empty() || workspace.len() > 256 => "a volume belongs to a workspace",
-        Ok(_) => return Ok(()),
-    };
-    Err(StorageError::Invalid(why.into()))
-}
-
-fn read<T: serde::de::DeserializeOwned>(path: &Path) -> Result<T> {
-    let missing = || std::io::Error::from(std::io::ErrorKind::NotFound);
-    let bytes = files::read_limited(path, LIMIT).and_then(|bytes| bytes.ok_or_else(missing)).at(path)?;
-    serde_json::from_slice(&bytes).map_err(std::io::Error::from).at(path)
 }

@@ -7,7 +7,7 @@ use std::{os::fd::OwnedFd, sync::Arc};
 use pandastack_bus::{
     Error, Result, SandboxId,
     quota::{Quota, Resource},
-    storage::SnapshotInfo,
+    storage::{SnapshotInfo, VolumeSnapshotInfo, VolumeSnapshotSpec},
     vmm::{
         Capacity, Child, Event as Happened, Fork, HistoryPage, HistoryQuery, SandboxInfo, SandboxSpec,
         Series, State as Public, VmmBackend, unknown_sandbox,
@@ -179,6 +179,10 @@ impl<W: World> VmmBackend for Backend<W> {
 
     async fn snapshot(&self, id: String, snapshot: String) -> Result<SnapshotInfo> {
         self.0.snapshot(id, snapshot).await
+    }
+
+    async fn snapshot_volume(&self, spec: VolumeSnapshotSpec) -> Result<VolumeSnapshotInfo> {
+        self.0.snapshot_volume(spec).await
     }
 
     async fn fork(&self, request: String, id: String, mut children: Vec<Child>) -> Result<Fork> {

@@ -32,7 +32,7 @@ use crate::{
 };
 
 /// The guest writes what is dirty within this; what is still dirty then is in its memory, which is captured, too.
-const SYNC: Duration = Duration::from_secs(5);
+pub const SYNC: Duration = Duration::from_secs(5);
 /// A commit flushes a whole memory, which may take longer than a reply may.
 const COMMIT: Duration = Duration::from_secs(240);
 /// What a unit may take beside its guest's memory and a difference of it, bytes: Firecracker itself, page tables, sockets.

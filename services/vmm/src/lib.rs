@@ -46,6 +46,7 @@ pub mod slots;
 pub mod socket;
 pub mod startup;
 pub mod unit;
+pub mod volume_snapshot;
 pub mod volumes;
 pub mod wake;
 pub mod wardrobe;

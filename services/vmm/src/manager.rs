@@ -15,7 +15,7 @@ use std::{
 
 use pandastack_bus::{
     Error, Result, SandboxId,
-    storage::SnapshotInfo,
+    storage::{SnapshotInfo, VolumeSnapshotInfo},
     vmm::{Capacity, Fork, unknown_sandbox},
 };
 use pandastack_daemon::{
@@ -87,6 +87,8 @@ pub struct Manager<W> {
     pub forks: Requests<Fork>,
     /// Snapshots that are being taken, by id.
     pub snapshots: Requests<SnapshotInfo>,
+    /// Snapshots of volumes that are being taken, by id.
+    pub volume_snapshots: Requests<VolumeSnapshotInfo>,
     /// Snapshots that nobody needs any more and that could not be deleted yet.
     pub garbage: Mutex<Vec<String>>,
     /// Nothing is made any more: the appliance is about to go down.
@@ -157,6 +159,7 @@ impl<W: World> Manager<W> {
             requests: Requests::default(),
             forks: Requests::default(),
             snapshots: Requests::default(),
+            volume_snapshots: Requests::default(),
             garbage: Mutex::default(),
             closing: AtomicBool::new(false),
             records: Arc::new(records),

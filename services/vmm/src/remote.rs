@@ -10,7 +10,7 @@ use pandastack_bus::{
     quota::{Quota, Resource},
     storage::{
         CaptureKind, Fill, Owner, SnapshotInfo, SnapshotSpec, StorageBackend, StorageProxy, TemplateInfo,
-        TemplateSpec, Usage, VolumeInfo, VolumeUse,
+        TemplateSpec, Usage, Verification, VolumeInfo, VolumeSnapshotInfo, VolumeSnapshotSpec, VolumeUse,
     },
     zbus::{self, Connection},
 };
@@ -101,6 +101,27 @@ impl StorageBackend for RemoteStorage {
     }
     async fn delete_snapshot(&self, snapshot: String) -> Result<bool> {
         self.0.delete_snapshot(snapshot).await
+    }
+    async fn verify_snapshot(&self, snapshot: String) -> Result<Verification> {
+        self.0.verify_snapshot(snapshot).await
+    }
+    async fn snapshot_volume(&self, spec: VolumeSnapshotSpec) -> Result<VolumeSnapshotInfo> {
+        self.0.snapshot_volume(spec).await
+    }
+    async fn volume_snapshots(&self, workspace: String) -> Result<Vec<VolumeSnapshotInfo>> {
+        self.0.volume_snapshots(workspace).await
+    }
+    async fn delete_volume_snapshot(&self, workspace: String, id: String) -> Result<bool> {
+        self.0.delete_volume_snapshot(workspace, id).await
+    }
+    async fn restore_volume(
+        &self,
+        workspace: String,
+        snapshot: String,
+        name: String,
+        size_mib: u64,
+    ) -> Result<VolumeInfo> {
+        self.0.restore_volume(workspace, snapshot, name, size_mib).await
     }
     async fn create_volume(&self, workspace: String, name: String, size_mib: u64) -> Result<VolumeInfo> {
         self.0.create_volume(workspace, name, size_mib).await

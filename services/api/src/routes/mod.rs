@@ -32,6 +32,7 @@ pub mod state;
 pub mod stats;
 pub mod templates;
 pub mod usage;
+pub mod volume_snapshots;
 pub mod volumes;
 pub mod wish;
 
@@ -92,6 +93,8 @@ pub fn all(app: &Arc<App>) -> BoxedFilter<(Response,)> {
         .or(usage::routes(app))
         .unify()
         .or(volumes::routes(app))
+        .unify()
+        .or(volume_snapshots::routes(app))
         .unify()
         .or(proxy::routes(app))
         .unify()

@@ -8,7 +8,9 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 use warp::{Filter, filters::BoxedFilter, reply::Response};
 
-use super::{Answer, finish, input, json, no_content, templates::is_name};
+use super::{
+    Answer, finish, input, json, no_content, templates::is_name, volume_snapshots::own_volume_snapshot,
+};
 use crate::{
     app::App,
     bus::{again, again_knowing},
@@ -81,10 +83,12 @@ pub struct CreateVolume {
         pattern = "^[A-Za-z0-9._-]+$"
     )]
     pub name: Option<String>,
-    /// Size in MiB; 256 when absent.
+    /// Size in MiB; 256 when absent, or that of the snapshot.
     #[serde(default, deserialize_with = "whole")]
     #[schema(minimum = 1, maximum = 65536)]
     pub size_mb: Option<u64>,
+    /// Snapshot of a volume that it shall be a copy of. It is as large as that unless `size_mb` says more.
+    pub from_snapshot: Option<String>,
 }
 
 /// How large a volume shall become.
@@ -101,7 +105,8 @@ pub fn shown(name: &str) -> String {
     format!("{:?}", name.chars().take(64).collect::<String>())
 }
 
-fn no_volume(name: &str) -> Problem {
+/// 404.
+pub fn no_volume(name: &str) -> Problem {
     Problem::not_found(format!("volume {} not found", shown(name)))
 }
 
@@ -125,7 +130,7 @@ pub async fn own_volume(app: &App, workspace: &str, name: &str) -> Result<Volume
 }
 
 /// What storage refused, in the contract's form where there is no room.
-async fn refuse(app: &App, workspace: &str, name: &str, error: BusError) -> Problem {
+pub async fn refuse(app: &App, workspace: &str, name: &str, error: BusError) -> Problem {
     let reason = match error {
         BusError::NoSpace(reason) => reason,
         BusError::NotFound(_) => return no_volume(name),
@@ -147,9 +152,27 @@ async fn refuse(app: &App, workspace: &str, name: &str, error: BusError) -> Prob
         .with("oversub_factor", provisioned as f64 / usage.total_bytes.max(1) as f64)
 }
 
-/// Makes a volume with an empty file system.
+/// How large a volume shall be that is made of a snapshot.
+async fn size_of_copy(
+    app: &App,
+    workspace: &str,
+    snapshot: &str,
+    wished: Option<u64>,
+) -> Result<u64, Problem> {
+    let least = own_volume_snapshot(app, workspace, snapshot).await?.size_mib;
+    match wished.map(sized).transpose()? {
+        Some(size) if size < least => {
+            let sentence =
+                format!("field `size_mb`: the snapshot has {least}, and a volume of it is never smaller");
+            Err(Problem::invalid(sentence).with("field", "size_mb"))
+        }
+        size => Ok(size.unwrap_or(least)),
+    }
+}
+
+/// Makes a volume with an empty file system, or of a snapshot of a volume.
 #[utoipa::path(operation_id = "create_volume", post, path = "/v1/volumes", tag = "volumes", request_body = CreateVolume,
-    responses((status = 201, body = Volume), (status = 409, description = "the name is taken", body = Error),
+    responses((status = 201, body = Volume), (status = 404, description = "no such snapshot", body = Error), (status = 409, description = "the name is taken", body = Error),
         (status = 507, description = "not enough storage; nothing was made", body = Error)))]
 pub async fn create(app: Arc<App>, mut input: Input) -> Answer {
     let wish: CreateVolume = input.json(JSON_LIMIT).await?;
@@ -158,11 +181,21 @@ pub async fn create(app: Arc<App>, mut input: Input) -> Answer {
     if !is_name(&name) {
         return Err(Problem::invalid(format!("field `name`: {NAME_RULE}")).with("field", "name"));
     }
-    let size = sized(wish.size_mb.unwrap_or(DEFAULT_MIB))?;
+    let size = match &wish.from_snapshot {
+        Some(snapshot) => size_of_copy(&app, &workspace, snapshot, wish.size_mb).await?,
+        None => sized(wish.size_mb.unwrap_or(DEFAULT_MIB))?,
+    };
     let (mut calls, start) = (0, now_ms());
     let made = again(|| {
         calls += 1;
-        app.storage.create_volume(workspace.clone(), name.clone(), size)
+        let (workspace, name) = (workspace.clone(), name.clone());
+        let (storage, snapshot) = (&app.storage, wish.from_snapshot.clone());
+        async move {
+            match snapshot {
+                Some(snapshot) => storage.restore_volume(workspace, snapshot, name, size).await,
+                None => storage.create_volume(workspace, name, size).await,
+            }
+        }
     });
     let info = match made.await {
         Ok(info) => info,
@@ -171,6 +204,8 @@ pub async fn create(app: Arc<App>, mut input: Input) -> Answer {
             info if info.created_unix_ms >= start && info.size_mib == size => info,
             _ => return Err(Problem::conflict("volume already exists")),
         },
+        // Deleted meanwhile.
+        Err(BusError::NotFound(sentence)) => return Err(Problem::not_found(sentence)),
         Err(error) => return Err(refuse(&app, &workspace, &name, error).await),
     };
     Ok(json(StatusCode::CREATED, &Volume::from(info)))

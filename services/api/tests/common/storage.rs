@@ -14,7 +14,8 @@ use pandastack_bus::{
     quota::{Quota, Resource},
     storage::{
         CaptureKind, Fill, Owner, Purpose, SnapshotInfo, SnapshotSpec, StorageBackend, TemplateInfo,
-        TemplateSpec, TemplateState, Usage, VolumeInfo, VolumeUse,
+        TemplateSpec, TemplateState, Usage, Verification, VolumeInfo, VolumeSnapshotInfo, VolumeSnapshotSpec,
+        VolumeUse,
     },
     vmm::{SandboxInfo, SandboxSpec},
 };
@@ -31,6 +32,8 @@ pub struct FakeStorage {
 pub struct Shelf {
     pub snapshots: Mutex<BTreeMap<String, SnapshotInfo>>,
     pub volumes: Mutex<BTreeMap<(String, String), VolumeInfo>>,
+    /// Snapshots of volumes, by id.
+    pub kept: Mutex<BTreeMap<String, VolumeSnapshotInfo>>,
     /// Limits by workspace and resource; those of vmm, too.
     pub limits: Mutex<BTreeMap<String, Limits>>,
     /// Those of workspaces, by id.
@@ -81,6 +84,21 @@ impl Shelf {
             all.get_mut(&key(volume)).unwrap().holders.push(sandbox.to_owned());
         }
         Ok(())
+    }
+
+    /// Takes a snapshot of a volume; the same id again is the same snapshot.
+    pub fn keep(&self, spec: VolumeSnapshotSpec) -> Result<VolumeSnapshotInfo> {
+        let key = (spec.workspace.clone(), spec.volume.clone());
+        let volume = self.volumes.lock().unwrap().get(&key).cloned().ok_or_else(|| unknown(&spec.volume))?;
+        if self.full.load(Ordering::Relaxed) {
+            return Err(Error::NoSpace("below the reserve".into()));
+        }
+        let mut all = self.kept.lock().unwrap();
+        let created_unix_ms = 1_767_323_045_250 + all.len() as u64;
+        let used = all.values().filter(|kept| kept.spec.workspace == spec.workspace).count() as u64;
+        self.admit(&spec.workspace, Resource::Volumes, used + 1, 1)?;
+        let made = VolumeSnapshotInfo { size_mib: volume.size_mib, used_bytes: 1, created_unix_ms, spec };
+        Ok(all.entry(made.spec.id.clone()).or_insert(made).clone())
     }
 
     /// Sets a limit, or takes it away.
@@ -295,6 +313,40 @@ impl StorageBackend for FakeStorage {
         }
         info.size_mib = size_mib;
         Ok(info.clone())
+    }
+
+    async fn verify_snapshot(&self, _: String) -> Result<Verification> {
+        Err(Error::NotReady("api may not ask this".into()))
+    }
+
+    async fn snapshot_volume(&self, _: VolumeSnapshotSpec) -> Result<VolumeSnapshotInfo> {
+        Err(Error::NotReady("api may not ask this".into()))
+    }
+
+    async fn volume_snapshots(&self, workspace: String) -> Result<Vec<VolumeSnapshotInfo>> {
+        let mut found: Vec<_> = self.shelf.kept.lock().unwrap().values().cloned().collect();
+        found.retain(|info| workspace.is_empty() || info.spec.workspace == workspace);
+        found.sort_by_key(|info| std::cmp::Reverse(info.created_unix_ms));
+        Ok(found)
+    }
+
+    async fn delete_volume_snapshot(&self, workspace: String, id: String) -> Result<bool> {
+        let mut all = self.shelf.kept.lock().unwrap();
+        Ok(all.get(&id).is_some_and(|kept| kept.spec.workspace == workspace) && all.remove(&id).is_some())
+    }
+
+    async fn restore_volume(
+        &self,
+        workspace: String,
+        snapshot: String,
+        name: String,
+        size_mib: u64,
+    ) -> Result<VolumeInfo> {
+        let found = self.volume_snapshots(workspace.clone()).await?;
+        if !found.iter().any(|kept| kept.spec.id == snapshot) {
+            return Err(Error::NotFound("volume snapshot not found".into()));
+        }
+        self.create_volume(workspace, name, size_mib).await
     }
 
     async fn set_quota(&self, workspace: String, resource: Resource, limit: i64) -> Result<()> {

@@ -16,7 +16,7 @@ use pandastack_api::tenancy::now_ms;
 use pandastack_bus::{
     Error, Result, SandboxId,
     quota::{Quota, Resource},
-    storage::{Purpose, SnapshotInfo},
+    storage::{Purpose, SnapshotInfo, VolumeSnapshotInfo, VolumeSnapshotSpec},
     vmm::{
         Birth, Capacity, Child, Event, Fork, HistoryPage, HistoryQuery, HistoryRow, Mount, SandboxInfo,
         SandboxSpec, Series, State, Vmm, VmmBackend, unknown_sandbox,
@@ -359,6 +359,12 @@ impl VmmBackend for FakeVmm {
         self.snapshots_asked.lock().unwrap().push(snapshot.clone());
         self.fail()?;
         Ok(self.shelf.capture(snapshot, &self.change(&id, |_| ())?, Purpose::Snapshot))
+    }
+
+    async fn snapshot_volume(&self, spec: VolumeSnapshotSpec) -> Result<VolumeSnapshotInfo> {
+        self.snapshots_asked.lock().unwrap().push(spec.id.clone());
+        self.fail()?;
+        self.shelf.keep(VolumeSnapshotSpec { synced: true, ..spec })
     }
 
     async fn fork(&self, request: String, id: String, children: Vec<Child>) -> Result<Fork> {

@@ -17,4 +17,5 @@ mod previews;
 mod proxy;
 mod snapshots;
 mod verbs;
+mod volume_snapshots;
 mod volumes;

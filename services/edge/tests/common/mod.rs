@@ -21,7 +21,7 @@ use pandastack_bus::{
     Error, Result,
     edge::{EdgeBackend, Minted, PreviewSpec},
     quota::{Quota, Resource},
-    storage::SnapshotInfo,
+    storage::{SnapshotInfo, VolumeSnapshotInfo, VolumeSnapshotSpec},
     vmm::{
         self, Capacity, Child, Event, Fork, HistoryPage, HistoryQuery, SandboxInfo, SandboxSpec, Series,
         State, Vmm, VmmBackend, VmmProxy,
@@ -141,6 +141,9 @@ impl VmmBackend for OneSandbox {
         no().await
     }
     async fn snapshot(&self, _: String, _: String) -> Result<SnapshotInfo> {
+        no().await
+    }
+    async fn snapshot_volume(&self, _: VolumeSnapshotSpec) -> Result<VolumeSnapshotInfo> {
         no().await
     }
     async fn fork(&self, _: String, _: String, _: Vec<Child>) -> Result<Fork> {

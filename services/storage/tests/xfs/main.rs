@@ -10,4 +10,6 @@ mod manager;
 mod own;
 mod snapshot;
 mod unprivileged;
+mod verify;
 mod volume;
+mod volume_snapshot;

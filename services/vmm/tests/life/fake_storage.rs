@@ -7,7 +7,7 @@ use pandastack_bus::{
     quota::{Quota, Resource},
     storage::{
         CaptureKind, Fill, Owner, SnapshotInfo, SnapshotSpec, StorageBackend, TemplateInfo, TemplateSpec,
-        TemplateState, Usage, VolumeInfo, VolumeUse,
+        TemplateState, Usage, Verification, VolumeInfo, VolumeSnapshotInfo, VolumeSnapshotSpec, VolumeUse,
     },
 };
 
@@ -229,6 +229,34 @@ impl StorageBackend for Handle {
             .call("delete_snapshot", &snapshot, |books| Ok(books.snapshots.remove(&snapshot).is_some()))
             .await
     }
+    async fn verify_snapshot(&self, _: String) -> Result<Verification> {
+        Err(Error::Internal("vmm checks no snapshots".into()))
+    }
+    async fn snapshot_volume(&self, spec: VolumeSnapshotSpec) -> Result<VolumeSnapshotInfo> {
+        let name = spec.volume.clone();
+        self.0
+            .call("keep", &name, |books| {
+                if let Some(kept) = books.kept.get(&spec.id) {
+                    return Ok(kept.clone());
+                }
+                if spec.volume == "missing" {
+                    return Err(Error::NotFound("volume missing not found".into()));
+                }
+                let made = VolumeSnapshotInfo { spec, size_mib: 1, used_bytes: 1, created_unix_ms: 1 };
+                books.kept.insert(made.spec.id.clone(), made.clone());
+                Ok(made)
+            })
+            .await
+    }
+    async fn volume_snapshots(&self, _: String) -> Result<Vec<VolumeSnapshotInfo>> {
+        Err(Error::Internal("vmm lists no snapshots of volumes".into()))
+    }
+    async fn delete_volume_snapshot(&self, _: String, _: String) -> Result<bool> {
+        Err(Error::Internal("vmm deletes no snapshots of volumes".into()))
+    }
+    async fn restore_volume(&self, _: String, _: String, _: String, _: u64) -> Result<VolumeInfo> {
+        Err(Error::Internal("vmm makes no volumes".into()))
+    }
     async fn create_volume(&self, _: String, _: String, _: u64) -> Result<VolumeInfo> {
         Err(Error::Internal("vmm makes no volumes".into()))
     }
@@ -250,8 +278,10 @@ impl StorageBackend for Handle {
         };
         Ok(all.into_iter().map(row).collect())
     }
-    async fn volume(&self, _: String, name: String) -> Result<VolumeInfo> {
-        Err(Error::NotFound(name))
+    async fn volume(&self, workspace: String, name: String) -> Result<VolumeInfo> {
+        let all = self.volumes(workspace.clone()).await?;
+        let found = all.into_iter().find(|one| one.name == name && one.workspace == workspace);
+        found.ok_or(Error::NotFound(name))
     }
     async fn delete_volume(&self, _: String, _: String) -> Result<bool> {
         Err(Error::Internal("vmm deletes no volumes".into()))

@@ -14,7 +14,7 @@ use std::{
 use pandastack_bus::{
     Error, Result, SandboxId,
     network::{Attachment, NetworkBackend},
-    storage::{CaptureKind, Fill, SnapshotInfo, TemplateInfo, VolumeUse},
+    storage::{CaptureKind, Fill, SnapshotInfo, TemplateInfo, VolumeSnapshotInfo, VolumeUse},
 };
 use pandastack_protocol::Mount;
 use pandastack_vmm::{
@@ -46,6 +46,8 @@ pub struct Books {
     pub sources: BTreeMap<String, Kept>,
     /// Volumes by holder.
     pub holds: BTreeMap<String, Vec<VolumeUse>>,
+    /// Snapshots of volumes, by id.
+    pub kept: BTreeMap<String, VolumeSnapshotInfo>,
     /// Whose volumes are in a directory.
     pub inserted: BTreeMap<String, String>,
     pub mounts: BTreeMap<String, Vec<Mount>>,

@@ -14,3 +14,4 @@ mod sandboxes;
 mod sleep;
 mod slots;
 mod templates;
+mod volume_snapshots;
