@@ -69,10 +69,19 @@ impl Api {
     /// # Errors
     /// Only when no answer came.
     pub fn send(&self, method: &str, path: &str, bytes: Vec<u8>) -> Result<Answer> {
+        self.send_as("application/json", method, path, bytes)
+    }
+
+    /// Any request with a body of any type.
+    ///
+    /// # Errors
+    /// Only when no answer came.
+    pub fn send_as(&self, kind: &str, method: &str, path: &str, bytes: Vec<u8>) -> Result<Answer> {
         let builder = ureq::http::Request::builder()
             .method(method)
             .uri(format!("{}{path}", self.base))
-            .header("authorization", format!("Bearer {}", self.token));
+            .header("authorization", format!("Bearer {}", self.token))
+            .header("content-type", kind);
         let mut answer = self.agent.run(builder.body(bytes)?)?;
         let retry_after =
             answer.headers().get("retry-after").and_then(|value| value.to_str().ok()).map(str::to_owned);

@@ -1,4 +1,4 @@
-//! Who owns what in the appliance: every unit, directory, link, rule, address, capture and volume belongs to a record.
+//! Who owns what in the appliance: every unit, directory, link, rule, address, capture, volume and template belongs to a record.
 //!
 //! Owns: one picture of everything, taken by root's shell in the appliance, and the rules by which it must fit together
 //! when nothing is under way. Refuses to know: how that shell is reached.
@@ -23,10 +23,15 @@ nft list table inet pandastack | grep -oE '\bv[a-z0-9]{12}\b' | sort -u | sed 's
 ls /run/systemd/system.control 2>/dev/null | grep -oE '[a-z0-9]{20}' | sed 's/^/limit /'
 ls -A /var/lib/pandastack/storage/trash 2>/dev/null | sed 's/^/trash /'
 for d in /var/lib/pandastack/storage/snapshots/*/; do [ -d $d ] && basename $d | sed 's/^/capture /'; done
+for d in /var/lib/pandastack/storage/volume-snapshots/*/; do [ -d $d ] && basename $d | sed 's/^/kept /'; done
+ls -A /var/lib/pandastack/api/builds/spool 2>/dev/null | sed 's/^/upload /'
 find /var/lib/pandastack/storage/sandboxes -mindepth 2 -maxdepth 2 -name 'c.*' | sed 's/^/unfinished /'
-say() { busctl --json=short call ai.pandastack.$1 /ai/pandastack/$1 ai.pandastack.$1.Manager $2 s '' | sed 's/^/said '$2' /'; }
-say vmm1 List; say storage1 Snapshots; say storage1 Volumes
+say() { busctl --json=short call ai.pandastack.$1 /ai/pandastack/$1 ai.pandastack.$1.Manager $2 $3 ${3:+''} | sed 's/^/said '$2' /'; }
+say vmm1 List s; say storage1 Snapshots s; say storage1 Volumes s; say storage1 VolumeSnapshots s; say storage1 Templates
 ";
+
+/// The workspace of builds of templates.
+const BUILDS: &str = "_builds";
 
 /// What each part of the appliance knows.
 #[derive(Debug, Default)]
@@ -45,6 +50,10 @@ struct Picture {
     captures: BTreeSet<String>,
     /// What storage says of each: its sandbox and its purpose.
     snapshots: BTreeMap<String, (String, String)>,
+    /// Directories of snapshots of volumes.
+    kept: BTreeSet<String>,
+    /// What storage says of these.
+    volume_snapshots: BTreeSet<String>,
     /// Sandbox and volume.
     holds: BTreeSet<(String, String)>,
     /// What should not be there at all.
@@ -99,7 +108,9 @@ fn read(text: &str) -> Result<Picture> {
             "rule" => drop(picture.rules.insert(id())),
             "limit" => drop(picture.limits.insert(id())),
             "capture" => drop(picture.captures.insert(id())),
-            "trash" | "unfinished" => picture.litter.push(line.to_owned()),
+            "kept" => drop(picture.kept.insert(id())),
+            // Builds are over when things have come to rest.
+            "trash" | "unfinished" | "upload" => picture.litter.push(line.to_owned()),
             "said" => {
                 let (which, json) = rest.split_once(' ').context("an answer without a body")?;
                 read_answer(&mut picture, which, json).with_context(|| format!("{which}: {json}"))?;
@@ -109,7 +120,7 @@ fn read(text: &str) -> Result<Picture> {
         }
     }
     // A daemon that is being restarted says nothing; that is no picture.
-    if said < 3 {
+    if said < 5 {
         picture.litter.push("vmm or storage does not answer".to_owned());
     }
     Ok(picture)
@@ -135,7 +146,17 @@ fn read_answer(picture: &mut Picture, which: &str, json: &str) -> Result<()> {
                 let spec = &one[0];
                 picture.snapshots.insert(text(&spec[0])?, (text(&spec[2])?, text(&spec[3])?));
             }
+            "VolumeSnapshots" => drop(picture.volume_snapshots.insert(text(&one[0][0])?)),
+            "Templates" => {
+                let (id, owner) = (text(&one[0])?, text(&one[2])?);
+                if one[3].as_bool().context("hidden")? && !owner.is_empty() {
+                    picture.litter.push(format!("template {id} of {owner}, which nobody sees"));
+                }
+            }
             _ => {
+                if one[0] == BUILDS {
+                    picture.litter.push(format!("volume {} of a build", one[1]));
+                }
                 for holder in one[5].as_array().context("no holders")? {
                     picture.holds.insert((text(holder)?, text(&one[1])?));
                 }
@@ -179,6 +200,8 @@ fn wrong(picture: &Picture) -> Vec<String> {
             &picture.captures,
             &picture.snapshots.keys().cloned().collect(),
         ),
+        ("snapshot of a volume that storage does not know", &picture.kept, &picture.volume_snapshots),
+        ("snapshot of a volume without files", &picture.volume_snapshots, &picture.kept),
         ("snapshot without files", &picture.snapshots.keys().cloned().collect(), &picture.captures),
         (
             "link without an owner",
@@ -230,6 +253,7 @@ mod tests {
     const MACHINE: &str = "cccccccccccccccccccc";
     const ASLEEP: &str = "dddddddddddddddddddd";
     const IMAGE: &str = "eeeeeeeeeeeeeeeeeeee";
+    const KEPT: &str = "ffffffffffffffffffff";
 
     fn sandbox(id: &str, state: &str, machine: &str, volume: &str) -> String {
         format!(
@@ -255,6 +279,10 @@ mod tests {
         text += &format!(
             "said Snapshots {{\"data\":[[[[\"{IMAGE}\",\"w\",\"{ASLEEP}\",\"hibernation\",\"base\",2,2048,1,{{}},[]],9,9,\"\"]]]}}\n"
         );
+        text += &format!("kept {KEPT}\n");
+        text +=
+            &format!("said VolumeSnapshots {{\"data\":[[[[\"{KEPT}\",\"w\",\"one\",\"\",true],64,1,1]]]}}\n");
+        text += "said Templates {\"data\":[[[\"builder\",\"builder\",\"\",true,0],[\"own\",\"mine\",\"w\",false,1]]]}\n";
         text += &format!(
             "said Volumes {{\"data\":[[[\"w\",\"one\",64,1,1,[\"{AWAKE}\"]],[\"w\",\"two\",64,1,1,[\"{ASLEEP}\"]],[\"w\",\"free\",64,1,1,[]]]]}}\n"
         );
@@ -289,6 +317,11 @@ mod tests {
             ),
             ("a mount without a hold", text().replace(&format!("[\"{AWAKE}\"]"), "[]")),
             ("a link of nobody", format!("{}link zzzzzzzzzzzz\n", text())),
+            ("a snapshot of a volume without files", gone(&format!("kept {KEPT}\n"))),
+            ("a snapshot of a volume that nobody knows", format!("{}kept {SLOT}\n", text())),
+            ("an upload", format!("{}upload 0123456789abcdef\n", text())),
+            ("a volume of a build", text().replace("[\"w\",\"free\"", "[\"_builds\",\"target\"")),
+            ("a template that was not published", text().replace("\"w\",false,1", "\"w\",true,1")),
             ("a daemon that is silent", gone("said Volumes")),
         ] {
             assert_ne!(wrong(&read(&text).expect(change)), Vec::<String>::new(), "{change} was not seen");

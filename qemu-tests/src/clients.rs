@@ -25,7 +25,7 @@ pub fn python() -> Result<PathBuf> {
     let requirements = python_suite().join("requirements.txt");
     let at = image::cache()?.join("clients/python");
     let (python, mark) = (at.join("bin/python"), at.join("requirements.installed"));
-    let wanted = fs::read(&requirements)?;
+    let wanted = fs::read(&requirements).with_context(|| requirements.display().to_string())?;
     if fs::read(&mark).ok().as_ref() != Some(&wanted) {
         let _ = fs::remove_dir_all(&at);
         let made =

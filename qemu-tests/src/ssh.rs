@@ -88,7 +88,7 @@ impl Operator {
     /// # Errors
     /// When ssh itself cannot be run.
     pub fn run(&self, port: u16, line: &str) -> Result<Output> {
-        Ok(self.command(port).arg(line).stdin(Stdio::null()).output()?)
+        self.command(port).arg(line).stdin(Stdio::null()).output().context("ssh")
     }
 
     /// Runs a shell line that has to succeed and returns what it printed.
@@ -115,7 +115,8 @@ impl Operator {
     /// # Errors
     /// When the file cannot be opened or the line fails.
     pub fn feed(&self, port: u16, line: &str, input: Stdio) -> Result<()> {
-        let output = self.command(port).arg(line).stdin(input).stderr(Stdio::piped()).output()?;
+        let output =
+            self.command(port).arg(line).stdin(input).stderr(Stdio::piped()).output().context("ssh")?;
         if !output.status.success() {
             bail!("in the appliance, {line:?} failed: {}", String::from_utf8_lossy(&output.stderr).trim());
         }

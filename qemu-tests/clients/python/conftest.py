@@ -138,12 +138,22 @@ def http():
 
 @pytest.fixture(scope="session")
 def operator():
-    """Root's shell in the appliance: runs a line, which has to succeed."""
+    """Root's shell in the appliance: runs a line, which has to succeed, and gives it bytes to read."""
     words = json.loads(os.environ["PANDASTACK_SHELL"])
 
-    def run(line):
-        told = subprocess.run(words + [line], capture_output=True, text=True, timeout=150, stdin=subprocess.DEVNULL)
+    def run(line, given=b""):
+        told = subprocess.run(words + [line], capture_output=True, timeout=150, input=given)
         assert told.returncode == 0, (line, told.stdout, told.stderr)
-        return told.stdout
+        return told.stdout.decode()
 
     return run
+
+
+@pytest.fixture
+def small_archive(shared):
+    """A root file system of a shell and a cat, out of a sandbox, as a tar."""
+    files = "bin/sh bin/cat lib64/ld-linux-x86-64.so.2 lib/x86_64-linux-gnu/libc.so.6 etc/passwd"
+    shared.exec(f"tar -C / -chf /tmp/small.tar {files}", check=True)
+    archive = shared.filesystem.read("/tmp/small.tar")
+    shared.exec("rm /tmp/small.tar")
+    return archive

@@ -6,7 +6,7 @@ import subprocess
 
 import pytest
 from pandastack.exceptions import NotFoundError
-from surface import NPM, cli, note
+from surface import NPM, cli, module, note
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -141,6 +141,35 @@ def test_the_catalogue():
     assert {"base", "code-interpreter"} <= {one["name"] for one in told("template", "list")}
     assert told("template", "get", "base")["name"] == "base"
     assert cli("template", "get", "nothing", check=False).returncode == 1
+
+
+@pytest.mark.timeout(1800)
+def test_a_template_is_built_followed_and_deleted(client, small_archive, tmp_path, making):
+    path, name = tmp_path / "rootfs.tar", "suite-cli"
+    path.write_bytes(small_archive)
+
+    made = told("template", "build", "--name", name, "--rootfs", str(path), "--size-mb", "128")
+    try:
+        lines = cli("template", "build-logs", made["id"], "--follow", timeout=1500).stdout.splitlines()
+        assert (made["status"], lines[-1]) == ("queued", "==> done")
+        assert told("template", "build-status", made["id"])["status"] == "done"
+        assert made["id"] in [one["id"] for one in told("template", "builds")]
+        assert making(client.sandboxes.create(template=name)).exec("cat /etc/passwd").stdout.startswith("root:")
+    finally:
+        deleted = cli("template", "delete", name, check=False)
+    assert (deleted.returncode, deleted.stdout) == (0, f"deleted template {name}\n")
+    note("cli:template delete")
+
+
+def test_a_build_by_the_modules_command_line(http, tmp_path):
+    (tmp_path / "Dockerfile").write_text("FROM base\nRUN sleep 1000\n")
+
+    # Waiting, it would call a function that its own module does not have.
+    build = module("template", "build", "--name", "suite-module", "--no-wait", cwd=tmp_path).stdout.strip()
+
+    assert http("POST", f"/v1/templates/builds/{build}/cancel").status_code == 200
+    assert module("template", "build-logs", build, "--follow", timeout=600).returncode == 0
+    assert http("GET", f"/v1/templates/builds/{build}").json()["status"] == "failed"
 
 
 def test_tokens(client):

@@ -1,12 +1,16 @@
 """Templates of a workspace: built in a machine of their own, baked, used, replaced, deleted."""
 
+import gzip
+import hashlib
 import io
 import itertools
+import json
 import os
 import tarfile
 
 import pytest
 import requests
+from pandastack import templates
 from pandastack.exceptions import AuthError, BadRequestError, NotFoundError
 from pandastack.templates import TemplateBuildError
 
@@ -69,23 +73,40 @@ def context(tmp_path):
     return tmp_path
 
 
-def small_archive(shared):
-    """A root file system of a shell and a cat, out of a sandbox."""
-    files = "bin/sh bin/cat lib64/ld-linux-x86-64.so.2 lib/x86_64-linux-gnu/libc.so.6 etc/passwd"
-    shared.exec(f"tar -C / -chf /tmp/small.tar {files}", check=True)
-    archive = shared.filesystem.read("/tmp/small.tar")
-    shared.exec("rm /tmp/small.tar")
-    return archive
+@pytest.fixture
+def push(operator, shared):
+    """Puts an image of one layer into the played registry; answers with a reference to it."""
+    registry, images = os.environ["SUITE_REGISTRY"], os.environ["SUITE_IMAGES"]
+
+    def push(image, layer, **config):
+        def keep(content, path=None):
+            digest = "sha256:" + hashlib.sha256(content).hexdigest()
+            path = f"{images}/{image}/{path or 'blobs/' + digest}"
+            operator(f"mkdir -p $(dirname {path}) && cat > {path}", content)
+            return {"digest": digest, "size": len(content)}
+
+        architecture = {"x86_64": "amd64", "aarch64": "arm64"}[shared.exec("uname -m").stdout.strip()]
+        described = {"architecture": architecture, "os": "linux", "config": config,
+                     "rootfs": {"type": "layers", "diff_ids": ["sha256:" + hashlib.sha256(layer).hexdigest()]}}
+        kind = "application/vnd.oci.image."
+        manifest = {"schemaVersion": 2, "mediaType": kind + "manifest.v1+json",
+                    "config": {"mediaType": kind + "config.v1+json", **keep(json.dumps(described).encode())},
+                    "layers": [{"mediaType": kind + "layer.v1.tar+gzip", **keep(gzip.compress(layer))}]}
+        keep(json.dumps(manifest).encode(), "manifests/latest")
+        return f"{registry}/{image}:latest"
+
+    yield push
+    operator(f"rm -rf {images}")
 
 
 def test_a_dockerfile_becomes_a_template_that_restores(client, http, name, context, making):
-    made = client.templates.build_from_dockerfile(name := name(), DOCKERFILE, context_dir=str(context), memory_mb=512)
+    made = templates.build_from_dockerfile(name := name(), DOCKERFILE, context_dir=str(context), memory_mb=512)
     assert made.status == "queued" and made.name == name
 
-    lines = list(client.templates.build_logs(made.id))
-    done = client.templates.wait_for_build(made.id, timeout_seconds=PATIENCE)
+    lines = list(templates.build_logs(made.id))
+    done = templates.wait_for_build(made.id, timeout_seconds=PATIENCE)
 
-    assert done.is_done and lines[-1] == "==> done", lines
+    assert done.is_done and done.is_terminal and lines[-1] == "==> done", lines
     assert list(client.templates.build_logs(made.id, follow=False)) == lines
     assert made.id in [one.id for one in client.templates.builds()]
     template = client.templates.get(name)
@@ -99,7 +120,7 @@ def test_a_dockerfile_becomes_a_template_that_restores(client, http, name, conte
     assert shown.stdout == "the file\nfrom yes in /srv/app\nthe file\nbuilt\nworker\none\ntwo\ngreen\n"
 
     snapshot = sandbox.snapshot()
-    client.templates.delete(name)
+    templates.delete(name)
     with pytest.raises(NotFoundError):
         client.templates.get(name)
     with pytest.raises(BadRequestError):
@@ -110,21 +131,36 @@ def test_a_dockerfile_becomes_a_template_that_restores(client, http, name, conte
     http("DELETE", f"/v1/snapshots/{snapshot}")
 
 
-def test_an_archive_becomes_a_template(client, name, shared, tmp_path, making):
+def test_an_archive_becomes_a_template_that_is_its_workspaces_alone(client, foreign, http, name, small_archive, tmp_path, making):
     path, name = tmp_path / "rootfs.tar", name()
-    path.write_bytes(small_archive(shared))
-    built = client.templates.build(name, rootfs_tar=str(path), size_mb=128, timeout_seconds=PATIENCE)
+    path.write_bytes(small_archive)
+    built = templates.build(name, rootfs_tar=str(path), size_mb=128)
+
     assert built.is_done, built
     sandbox = making(client.sandboxes.create(template=name))
     assert sandbox.exec("cat /etc/passwd").stdout.startswith("root:")
     with pytest.raises(BadRequestError, match="replace=true"):
         client.templates.build_from_dockerfile(name, "FROM base\n")
+    # The appliance's own is nobody's.
+    for call in (lambda: foreign.templates.get(name), lambda: foreign.templates.delete(name),
+                 lambda: foreign.templates.get_build(built.id), lambda: client.templates.get("builder"),
+                 lambda: client.templates.delete("builder")):
+        with pytest.raises(NotFoundError):
+            call()
+    for who, template in ((foreign, name), (client, "builder")):
+        with pytest.raises((BadRequestError, AuthError)):
+            who.sandboxes.create(template=template)
+    assert name not in [one.name for one in foreign.templates.list()]
+    assert built.id not in [one.id for one in foreign.templates.builds()]
+    theirs = requests.get(http.base + f"/v1/templates/builds/{built.id}/logs", timeout=60,
+                          headers={"Authorization": "Bearer " + os.environ["PANDASTACK_FOREIGN_KEY"]})
+    assert theirs.status_code == 404
 
 
 @pytest.mark.skipif(not LONG, reason="two more builds")
-def test_a_template_is_replaced(client, http, name, shared, tmp_path, making):
+def test_a_template_is_replaced(client, http, name, small_archive, tmp_path, making):
     path, name = tmp_path / "rootfs.tar", name()
-    path.write_bytes(small_archive(shared))
+    path.write_bytes(small_archive)
     client.templates.build(name, rootfs_tar=str(path), size_mb=128, timeout_seconds=PATIENCE)
     before = making(client.sandboxes.create(template=name))
 
@@ -142,12 +178,17 @@ def test_a_build_that_fails_says_why_and_leaves_nothing(client, http, name):
     def volumes():
         return http("GET", "/v1/volumes").json()
 
+    def built(dockerfile):
+        return lambda called: templates.build_from_dockerfile(called, dockerfile)
+
     before = volumes()
-    for dockerfile, word in (("FROM base\nRUN false\n", ""), ("FROM nobody-has-this\n", "nobody-has-this"), ("NONSENSE\n", "")):
-        made = client.templates.build_from_dockerfile(failing := name(), dockerfile)
+    missing = os.environ["SUITE_REGISTRY"] + "/nobody/has:this"
+    for build, sentence in ((built("FROM base\nRUN false\n"), ""), (built("FROM nobody-has-this\n"), "nobody-has-this"),
+                            (lambda called: templates.register(called, missing), f"{missing} cannot be pulled")):
+        made = build(failing := name())
         with pytest.raises(TemplateBuildError) as failed:
             client.templates.wait_for_build(made.id, timeout_seconds=PATIENCE)
-        assert word in str(failed.value)
+        assert sentence in str(failed.value)
         with pytest.raises(NotFoundError):
             client.templates.get(failing)
     assert volumes() == before
@@ -163,8 +204,8 @@ def test_a_build_is_cancelled(client, http, name):
 
 
 @pytest.mark.skipif(not LONG, reason="two more builds; templates/test_builder.py has every hostile archive")
-def test_a_hostile_archive_is_contained(client, name, shared, tmp_path):
-    whole = io.BytesIO(small_archive(shared))
+def test_a_hostile_archive_is_contained(client, name, small_archive, tmp_path):
+    whole = io.BytesIO(small_archive)
     with tarfile.open(fileobj=whole, mode="a") as archive:
         for path, kind, target in (
             ("../../../../escaped", tarfile.REGTYPE, ""),
@@ -217,29 +258,22 @@ def test_an_image_is_refused_outside_of_the_operators_list(client):
         client.templates.register("image", "not a reference")
 
 
-def test_the_appliances_own_template_and_a_foreign_one_are_nobodys(client, foreign, http, name, shared, tmp_path):
-    path, name = tmp_path / "rootfs.tar", name()
-    path.write_bytes(small_archive(shared))
-    made = client.templates.build(name, rootfs_tar=str(path), size_mb=128, timeout_seconds=PATIENCE)
-    for call in (lambda: foreign.templates.get(name), lambda: foreign.templates.delete(name),
-                 lambda: foreign.templates.get_build(made.id), lambda: client.templates.get("builder"),
-                 lambda: client.templates.delete("builder")):
-        with pytest.raises(NotFoundError):
-            call()
-    for who, template in ((foreign, name), (client, "builder")):
-        with pytest.raises((BadRequestError, AuthError)):
-            who.sandboxes.create(template=template)
-    assert name not in [one.name for one in foreign.templates.list()]
-    assert made.id not in [one.id for one in foreign.templates.builds()]
-    theirs = requests.get(http.base + f"/v1/templates/builds/{made.id}/logs", timeout=60,
-                          headers={"Authorization": "Bearer " + os.environ["PANDASTACK_FOREIGN_KEY"]})
-    assert theirs.status_code == 404
+def test_an_image_of_a_registry_becomes_a_template(client, name, push, small_archive, making):
+    reference = push("team/small", small_archive, Env=["COLOUR=green"], WorkingDir="/etc")
+
+    made = client.templates.register(name := name(), reference, size_mb=128, memory_mb=512)
+    done = client.templates.wait_for_build(made.id, timeout_seconds=PATIENCE)
+
+    assert done.is_done and client.templates.get(name).memory_mb == 512
+    sandbox = making(client.sandboxes.create(template=name))
+    assert sandbox.exec("pwd; echo $COLOUR").stdout == "/etc\ngreen\n"
+    client.templates.delete(name)
 
 
 @pytest.mark.skipif(not LONG, reason="two more builds")
-def test_two_workspaces_have_each_their_own_of_one_name(client, foreign, name, shared, tmp_path):
+def test_two_workspaces_have_each_their_own_of_one_name(client, foreign, name, small_archive, tmp_path):
     path, name = tmp_path / "rootfs.tar", name()
-    path.write_bytes(small_archive(shared))
+    path.write_bytes(small_archive)
     for who in (client, foreign):
         who.templates.build(name, rootfs_tar=str(path), size_mb=128, timeout_seconds=PATIENCE)
 

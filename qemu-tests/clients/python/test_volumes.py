@@ -1,5 +1,6 @@
 """Volumes: attached at create, mounted at /mnt/<name>, one writer or many readers, cloned for children."""
 
+import concurrent.futures
 import itertools
 
 import pytest
@@ -252,6 +253,39 @@ def test_a_snapshot_of_a_guest_that_stands_still_says_that_it_was_not_synced(vol
 
     assert (still["synced"], asleep["synced"]) == (False, True)
     assert one.exec(f"cat /mnt/{name}/f").stdout == "kept\n"
+
+
+def test_what_is_acknowledged_is_kept_when_daemons_are_killed_meanwhile(volume, client, http, making, operator):
+    name = volume()
+    one = attached(client, making, name)
+    told, asked = [], 0
+
+    for daemon in ("storage", "vmm", "storage"):
+        one.exec(f"echo {asked} > /mnt/{name}/f", check=True)
+        with concurrent.futures.ThreadPoolExecutor(1) as beside:
+            unit = f"pandastack-{daemon}.service"
+            kill = beside.submit(operator, f"systemctl kill -s KILL {unit}; sleep 1; until systemctl is-active --quiet {unit}; do sleep 0.2; done")
+            while not kill.done():
+                answer = http("POST", f"/v1/volumes/{name}/snapshots", json={"label": str(asked)})
+                asked += 1
+                assert answer.status_code in (201, 409, 503), answer.text
+                if answer.status_code == 201:
+                    told.append(answer.json()["id"])
+            kill.result()
+        one.exec("true", check=True)
+
+    kept = {snapshot["id"]: snapshot for snapshot in http("GET", f"/v1/volumes/{name}/snapshots").json()}
+    try:
+        assert told and set(told) <= set(kept) and len(kept) <= asked, (told, kept, asked)
+        copy = copied(http, f"{name}-copy", kept[told[-1]])
+        assert copy.status_code == 201, copy.text
+        reader = attached(client, making, f"{name}-copy", read_only=True)
+        assert reader.exec(f"cat /mnt/{name}-copy/f", check=True).stdout.strip().isdigit()
+        reader.kill()
+    finally:
+        for snapshot in kept.values():
+            http("DELETE", f"/v1/volumes/{name}/snapshots/{snapshot['id']}")
+        http("DELETE", f"/v1/volumes/{name}-copy")
 
 
 def test_what_a_volumes_snapshot_cannot_be_is_refused(volume, keep, client, foreign, http):

@@ -77,6 +77,17 @@ test("a template of the catalogue", async () => {
   await assert.rejects(client.templates.get("nothing"), NotFoundError);
 });
 
+test("builds of an archive and of an image are taken and cancelled", async () => {
+  const imageRef = `${process.env.SUITE_REGISTRY}/nobody/has:this`;
+  const archive = await client.templates.build({ name: "suite-ts-archive", rootfs: new Blob(["no archive"]), sizeMb: 128 });
+  const image = await client.templates.register({ name: "suite-ts-image", imageRef, sizeMb: 128, memoryMb: 512 });
+  for (const build of [archive, image]) {
+    assert.equal(build.status, "queued");
+    await client.request("POST", `/templates/builds/${build.id}/cancel`);
+    await assert.rejects(client.templates.waitForBuild(build.id, { timeoutMs: 300_000 }), /cancelled/);
+  }
+});
+
 test("a code context ends where its block ends", async () => {
   const notebook = await Sandbox.create({ template: "code-interpreter" }, client);
   try {

@@ -10,7 +10,10 @@ use std::{
 use anyhow::{Context, Result, bail, ensure};
 use qemu_tests::{clients, image};
 
-use crate::fixture::Fixture;
+use crate::{
+    fixture::{Fixture, REGISTRY},
+    world,
+};
 
 pub fn python(fixture: &Fixture) -> Result<()> {
     fixture.wait_baked(Duration::from_secs(600))?;
@@ -58,7 +61,7 @@ const SUITES: [&str; 3] = ["suite.test.mjs", "state.test.mjs", "surface.test.mjs
 /// Where the suites say what they covered.
 fn results() -> Result<PathBuf> {
     let at = image::cache()?.join("clients/surface");
-    fs::create_dir_all(&at)?;
+    fs::create_dir_all(&at).with_context(|| at.display().to_string())?;
     Ok(at)
 }
 
@@ -68,7 +71,7 @@ fn install_typescript() -> Result<PathBuf> {
     let copy = image::cache()?.join("clients/typescript");
     fs::create_dir_all(&copy)?;
     for file in ["package.json", ".npmrc", "surface.mjs"].iter().chain(&SUITES) {
-        fs::copy(suite.join(file), copy.join(file))?;
+        fs::copy(suite.join(file), copy.join(file)).with_context(|| format!("a copy of {file}"))?;
     }
     if !copy.join("node_modules/@pandastack/sdk").exists() {
         let status =
@@ -78,7 +81,12 @@ fn install_typescript() -> Result<PathBuf> {
     Ok(copy)
 }
 
+/// Runs a suite beside a played registry.
 fn finish(mut run: Command, fixture: &Fixture) -> Result<()> {
+    let registry = fixture.bring("registry")?;
+    let addresses = [REGISTRY.split_once(':').map_or(REGISTRY, |(address, _)| address)];
+    let images = "/run/suite/images";
+    world::build(fixture, &addresses, &format!("{registry} {REGISTRY} {images}"))?;
     let status = run
         .env("PANDASTACK_API", fixture.base()?)
         .env("PANDASTACK_EDGE", fixture.edge()?)
@@ -86,11 +94,15 @@ fn finish(mut run: Command, fixture: &Fixture) -> Result<()> {
         .env("PANDASTACK_API_KEY", fixture.token())
         .env("PANDASTACK_FOREIGN_KEY", fixture.foreign_token()?)
         .env("PANDASTACK_SHELL", fixture.shell()?)
+        .env("SUITE_REGISTRY", REGISTRY)
+        .env("SUITE_IMAGES", images)
         .env("SURFACE_RESULTS", results()?)
         .env("NPM_PACKAGE", image::cache()?.join("clients/typescript/node_modules/@pandastack/sdk"))
         .env("HOME", fixture.directory())
         .env("PYTHONDONTWRITEBYTECODE", "1")
-        .status()?;
+        .status();
+    world::tear_down(fixture, &addresses)?;
+    let status = status.context("the suite does not start")?;
     ensure!(status.success(), "the suite ended with {status}; its report is above");
     Ok(())
 }

@@ -1,12 +1,11 @@
-//! Where a guest can go. The internet, the metadata service and the neighbours are played by a namespace inside the
-//! emulated machine, so that nothing leaves it even when a rule under test fails.
+//! Where a guest can go. The internet, the metadata service and the neighbours are played.
 
 use anyhow::{Result, ensure};
 
-use crate::fixture::Fixture;
+use crate::{fixture::Fixture, world};
 
 /// Addresses of the played world: the first two are the internet, the others must not be reached.
-const WORLD: &[(&str, bool)] = &[
+const WORLD: [(&str, bool); 8] = [
     ("198.51.100.10", true),
     ("203.0.113.7", true),
     ("169.254.169.254", false),
@@ -19,14 +18,16 @@ const WORLD: &[(&str, bool)] = &[
 
 pub fn a_guest_reaches_the_internet_and_nothing_else(fixture: &Fixture) -> Result<()> {
     let peer = fixture.bring("peer")?;
-    build_world(fixture, &peer)?;
+    let addresses = WORLD.map(|(address, _)| address);
+    let everywhere = addresses.map(|address| format!("{address}:7000")).join(" ");
+    world::build(fixture, &addresses, &format!("{peer} {everywhere}"))?;
     let api = fixture.api()?;
     let (one, two) = (api.create_base()?, api.create_base()?);
     let other = api.get(&two)?.body["guest_ip"].as_str().unwrap_or_default().to_owned();
     api.exec(&two, "setsid python3 -m http.server 7000 >/dev/null 2>&1 < /dev/null & sleep 2")?;
 
     let mut wrong = Vec::new();
-    for (address, reachable) in WORLD {
+    for (address, reachable) in &WORLD {
         let (tcp, udp) = (tcp(fixture, &one, address, 7000)?, udp(fixture, &one, address)?);
         if tcp != *reachable || udp != *reachable {
             wrong.push(format!("{address}: tcp {tcp}, udp {udp}"));
@@ -61,7 +62,7 @@ pub fn a_guest_reaches_the_internet_and_nothing_else(fixture: &Fixture) -> Resul
         wrong.push("a foreign source address gets out".into());
     }
     api.delete_all()?;
-    tear_down_world(fixture)?;
+    world::tear_down(fixture, &addresses)?;
 
     ensure!(wrong.is_empty(), "{}", wrong.join("; "));
     fixture.assert_nothing_leaks()
@@ -79,34 +80,4 @@ fn udp(fixture: &Fixture, id: &str, address: &str) -> Result<bool> {
         "import socket\ns=socket.socket(socket.AF_INET,socket.SOCK_DGRAM); s.settimeout(3)\ntry:\n  s.sendto(b'x',('{address}',7000)); s.recv(99); print('reached')\nexcept OSError: print('silence')"
     );
     Ok(fixture.api()?.exec(id, &format!("python3 -c \"{code}\""))?.contains("reached"))
-}
-
-fn build_world(fixture: &Fixture, peer: &str) -> Result<()> {
-    let mut script = String::from(
-        "ip netns add world; ip link add w0 type veth peer name w1 netns world; ip addr add 192.0.2.1/30 dev w0; ip link set w0 up;\
-         ip -n world addr add 192.0.2.2/30 dev w1; ip -n world link set w1 up; ip -n world link set lo up; ip -n world route add default via 192.0.2.1;",
-    );
-    let mut listeners = String::new();
-    for (address, _) in WORLD {
-        script.push_str(&format!(
-            "ip -n world addr add {address}/32 dev lo; ip route add {address}/32 via 192.0.2.2;"
-        ));
-        listeners.push_str(&format!(" {address}:7000"));
-    }
-    script.push_str(&format!(
-        "systemd-run --quiet --unit=suite-world -p NetworkNamespacePath=/run/netns/world {peer}{listeners}; sleep 1; systemctl is-active suite-world"
-    ));
-    let state = fixture.ssh(&script)?;
-    ensure!(state.trim() == "active", "the played world does not start: {state}");
-    Ok(())
-}
-
-fn tear_down_world(fixture: &Fixture) -> Result<()> {
-    let mut script =
-        String::from("systemctl stop suite-world; ip netns del world; ip link del w0 2>/dev/null;");
-    for (address, _) in WORLD {
-        script.push_str(&format!("ip route del {address}/32 2>/dev/null;"));
-    }
-    fixture.ssh(&format!("{script} true"))?;
-    Ok(())
 }

@@ -16,6 +16,9 @@ const TOKEN: &str = "pds_0123456789abcdef0123456789abcdef";
 /// Suffix of the host names of previews.
 pub const PREVIEW_SUFFIX: &str = "preview.test";
 
+/// The only registry that the operator allows: a played one ([`crate::world`]).
+pub const REGISTRY: &str = "198.51.100.20:5000";
+
 pub struct Fixture {
     running: Mutex<Option<Running>>,
     directory: PathBuf,
@@ -40,7 +43,8 @@ impl Fixture {
         let started = Instant::now();
         let appliance = Appliance::in_directory(&self.directory)?
             .credential("pandastack.api_token", TOKEN)
-            .credential("pandastack.preview_suffix", PREVIEW_SUFFIX);
+            .credential("pandastack.preview_suffix", PREVIEW_SUFFIX)
+            .credential("pandastack.registries", format!("{REGISTRY} insecure"));
         let mut running = change(appliance).boot()?;
         eprintln!("booting, {:?} ({})", running.accelerator(), running.choice.because);
         let mut said = 0;

@@ -8,6 +8,7 @@ mod clients;
 mod egress;
 mod exactness;
 mod faults;
+mod faults_builds;
 mod faults_state;
 mod firmware;
 mod fixture;
@@ -18,6 +19,7 @@ mod power_state;
 mod pressure;
 mod replay;
 mod sandboxes;
+mod world;
 
 use std::{process::ExitCode, sync::Arc};
 
@@ -70,6 +72,8 @@ const LONG: &[Test] = &[
     ("forks_beyond_memory_are_refused_or_whole", pressure::forks_beyond_memory),
     ("a_full_data_partition_refuses_and_keeps_what_it_has", pressure::a_full_data_partition),
     ("state_changes_whose_process_is_killed_are_whole_or_not_there", faults_state::killed_in_the_middle),
+    ("builds_whose_api_is_killed_are_done", faults_builds::killed_in_each_stage),
+    ("builds_whose_power_is_cut_are_done", faults_builds::cut_in_each_stage),
     (
         "a_flashed_disk_boots_and_shows_its_first_token_once",
         firmware::a_flashed_disk_boots_and_shows_its_first_token_once,
