@@ -266,7 +266,9 @@ def test_an_image_of_a_registry_becomes_a_template(client, name, push, small_arc
 
     assert done.is_done and client.templates.get(name).memory_mb == 512
     sandbox = making(client.sandboxes.create(template=name))
-    assert sandbox.exec("pwd; echo $COLOUR").stdout == "/etc\ngreen\n"
+    child = making(sandbox.fork())
+    for one in (sandbox, child):
+        assert one.exec("pwd; echo $COLOUR").stdout == "/etc\ngreen\n"
     client.templates.delete(name)
 
 

@@ -67,6 +67,9 @@ pub struct SnapshotSpec {
     pub disk_mib: u64,
     /// Environment of every exec.
     pub env: BTreeMap<String, String>,
+    /// Where an exec starts; empty: at home, as in captures of older versions.
+    #[serde(default)]
+    pub workdir: String,
     /// Volumes of the sandbox, in the order of their devices: for a tenant's snapshot and a fork their files are in the
     /// capture, too.
     pub volumes: Vec<VolumeUse>,

@@ -397,6 +397,7 @@ fn nobody(id: &SandboxId) -> SnapshotSpec {
         memory_mib: 0,
         disk_mib: 0,
         env: BTreeMap::new(),
+        workdir: String::new(),
         volumes: Vec::new(),
     }
 }

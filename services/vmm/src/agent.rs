@@ -243,7 +243,7 @@ fn identity(id: &SandboxId, identification: &Identification) -> Identity {
             boot_id: boot_id(),
             hostname: format!("sb-{}", &id.as_str()[..12]),
         }),
-        defaults: Some(Defaults { env: identification.env.clone(), workdir: String::new() }),
+        defaults: Some(Defaults { env: identification.env.clone(), workdir: identification.workdir.clone() }),
     }
 }
 

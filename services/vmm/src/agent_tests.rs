@@ -16,7 +16,7 @@ fn place() -> Place {
 }
 
 fn nobody() -> Identification {
-    Identification { machine_id: None, env: Default::default() }
+    Identification { machine_id: None, env: Default::default(), workdir: "/srv".into() }
 }
 
 /// Reads `CONNECT 52\n`.
@@ -96,10 +96,12 @@ async fn a_silent_guest_is_given_up_at_the_deadline() {
 #[test]
 fn identities_differ_and_have_their_form() {
     let id = SandboxId::random();
-    let who = Identification { machine_id: Some(machine_id()), env: Default::default() };
+    let who =
+        Identification { machine_id: Some(machine_id()), env: Default::default(), workdir: "/srv".into() };
 
     let (one, two) = (identity(&id, &who), identity(&id, &who));
 
+    assert_eq!(one.defaults.unwrap().workdir, "/srv");
     assert_ne!(one.entropy, two.entropy);
     assert_eq!(one.entropy.len(), 128);
     let (one, two) = (one.unique.unwrap(), two.unique.unwrap());

@@ -68,6 +68,7 @@ pub fn spec(record: &Record, id: &SandboxId, purpose: Purpose) -> Result<Snapsho
         memory_mib: shape.memory_mib,
         disk_mib: shape.disk_mib,
         env: shape.env.clone(),
+        workdir: shape.workdir.clone(),
         volumes: inner.mounts().map(|mounted| mounted.volume.clone()).collect(),
     })
 }

@@ -203,7 +203,9 @@ impl<W: World> Manager<W> {
             _ => BOOT_ANSWER,
         };
         let id = &machine(sandbox, record);
-        let identification = Identification { machine_id, env: shape(record)?.env.clone() };
+        let shape = shape(record)?;
+        let identification =
+            Identification { machine_id, env: shape.env.clone(), workdir: shape.workdir.clone() };
         let start = Instant::now();
         let answered = tokio::select! {
             answered = self.world.guest().identify(id, &identification, start + limit) => answered?,

@@ -26,6 +26,7 @@ fn record(workspace: &str) -> Record {
         disk_mib: 1,
         disk_grown: false,
         env: BTreeMap::new(),
+        workdir: String::new(),
         warmup: String::new(),
     };
     let mut record = Record::slot(SandboxId::random(), 1);

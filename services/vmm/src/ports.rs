@@ -119,6 +119,8 @@ pub struct Identification {
     pub machine_id: Option<String>,
     /// Environment of every exec.
     pub env: BTreeMap<String, String>,
+    /// Where an exec starts; empty: at home.
+    pub workdir: String,
 }
 
 /// What the agent in the guest does for us.

@@ -192,6 +192,7 @@ mod tests {
             disk_mib: 1,
             disk_grown: false,
             env: Default::default(),
+            workdir: String::new(),
             warmup: String::new(),
         };
         let mut record = Record::slot(SandboxId::random(), 0);

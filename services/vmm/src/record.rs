@@ -83,6 +83,9 @@ pub struct Shape {
     /// Image environment of every exec.
     #[serde(default)]
     pub env: std::collections::BTreeMap<String, String>,
+    /// Where an exec starts; empty: at home.
+    #[serde(default)]
+    pub workdir: String,
     /// Command run before a capture.
     #[serde(default)]
     pub warmup: String,
@@ -355,6 +358,8 @@ impl Shape {
             disk_mib: if grown { disk_mib } else { template.disk_mib },
             disk_grown: grown,
             env: template.env.clone(),
+            // Root starts at home anyway, and any other user in a home of its own.
+            workdir: if template.workdir == "/root" { String::new() } else { template.workdir.clone() },
             warmup: template.warmup.clone(),
         }
     }
@@ -369,6 +374,7 @@ impl Shape {
             disk_mib: spec.disk_mib,
             disk_grown: false,
             env: spec.env.clone(),
+            workdir: spec.workdir.clone(),
             warmup: String::new(),
         }
     }

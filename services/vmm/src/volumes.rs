@@ -163,6 +163,7 @@ mod tests {
             disk_mib: 1,
             disk_grown: false,
             env: Default::default(),
+            workdir: String::new(),
             warmup: String::new(),
         };
 

@@ -59,6 +59,7 @@ impl Shelf {
             memory_mib: of.memory_mib,
             disk_mib: of.disk_mib,
             env: BTreeMap::new(),
+            workdir: String::new(),
             volumes: Vec::new(),
         };
         let made = SnapshotInfo {

@@ -199,6 +199,7 @@ pub fn spec(id: &str, purpose: Purpose) -> SnapshotSpec {
         memory_mib: 1,
         disk_mib: DISK_MIB,
         env: [("A".into(), "B".into())].into(),
+        workdir: String::new(),
         volumes: Vec::new(),
     }
 }
