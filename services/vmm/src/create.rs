@@ -261,13 +261,7 @@ impl<W: World> Manager<W> {
                 Ok(())
             }
             Ok(other) => Err(Error::Internal(format!("a create ended {other:?}"))),
-            Err(error) => {
-                // Only its last record could not be saved: nobody was told of it, so it goes, too.
-                if slot.record().state == State::Running {
-                    let _ = self.happen(slot, Event::Delete, Happening::default()).await;
-                }
-                Err(error)
-            }
+            Err(error) => Err(error),
         }
     }
 }

@@ -15,7 +15,8 @@
 //! ```
 //!
 //! The states up to `Creating`, and `Baking`, were never acknowledged to anybody: on disk they stay the slot that was being
-//! prepared, and after a crash they are taken down. What was acknowledged (`Running`, `Paused`, `Hibernated`, `Failed`) is
+//! prepared, and after a crash they are taken down. A create ends with `Commit`, as the verbs below: a sandbox that runs is
+//! on disk as one that runs. What was acknowledged (`Running`, `Paused`, `Hibernated`, `Failed`) is
 //! kept until it is deleted.
 //!
 //! ```text
@@ -200,8 +201,8 @@ use Effect as E;
 
 const PREPARE: &[Effect] = &[E::Save, E::Prepare, E::LimitExpected, E::StartUnit, E::Attach, E::AwaitApi];
 const DRESS: &[Effect] = &[E::Furnish, E::Load, E::Identify, E::Halt];
-const CREATE: &[Effect] = &[E::Furnish, E::Announce, E::Load, E::Identify, E::GrowDisk, E::Mount];
-const CREATE_DRESSED: &[Effect] = &[E::Announce, E::Unpause, E::Freshen];
+const CREATE: &[Effect] = &[E::Furnish, E::Announce, E::Load, E::Identify, E::GrowDisk, E::Mount, E::Commit];
+const CREATE_DRESSED: &[Effect] = &[E::Announce, E::Unpause, E::Freshen, E::Commit];
 const BAKE: &[Effect] =
     &[E::Save, E::FurnishPristine, E::Boot, E::Identify, E::WarmUp, E::Capture, E::StopUnit, E::Seal];
 const RECOVER: &[Effect] = &[
@@ -245,7 +246,7 @@ impl State {
             (S::Ready, V::Take) => (S::Creating, CREATE),
             (S::Ready, V::TakeDressed) => (S::Creating, CREATE_DRESSED),
             (S::Ready, V::Bake) => (S::Baking, BAKE),
-            (S::Creating | S::Recovering, V::Done) => (S::Running, SETTLE),
+            (S::Recovering, V::Done) => (S::Running, SETTLE),
             (S::Baking, V::Done) => (S::Stopping, DISCARD),
 
             (
@@ -258,7 +259,7 @@ impl State {
             (S::Pausing, V::Done) => (S::Paused, &[E::Announce]),
             (S::Pausing, V::Fault) => (S::Running, &[E::Resume]),
             (S::Paused, V::Resume) => (S::Resuming, RESUME),
-            (S::Resuming | S::Waking, V::Done) => (S::Running, &[E::Announce]),
+            (S::Creating | S::Resuming | S::Waking, V::Done) => (S::Running, &[E::Announce]),
             (S::Resuming, V::Fault) => (S::Paused, &[E::Halt]),
             (S::Running, V::Hibernate) => (S::Hibernating { paused: false }, HIBERNATE),
             (S::Paused, V::Hibernate) => (S::Hibernating { paused: true }, HIBERNATE),

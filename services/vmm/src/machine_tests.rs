@@ -387,9 +387,10 @@ fn a_create_is_on_disk_as_a_slot_until_its_guest_is_unique() {
         let (creating, effects) = State::Ready.on(event).unwrap();
         let greeted = effects.contains(&Effect::Identify) || effects.contains(&Effect::Freshen);
         assert!(greeted && !effects.contains(&Effect::Save), "{event:?}");
+        assert_eq!(effects.last(), Some(&Effect::Commit), "{event:?}");
 
         let (running, effects) = creating.on(Event::Done).unwrap();
-        assert_eq!((running, effects.first()), (State::Running, Some(&Effect::Save)));
+        assert_eq!((running, effects), (State::Running, &[Effect::Announce][..]));
     }
 }
 
@@ -398,4 +399,18 @@ fn a_dressed_slot_is_unique_and_waits_without_running() {
     let (dressing, effects) = State::Ready.on(Event::Dress).unwrap();
     assert_eq!(effects[effects.len() - 2..], [Effect::Identify, Effect::Halt]);
     assert_eq!(dressing.on(Event::Done).unwrap(), (State::Ready, &[][..]));
+}
+
+#[test]
+fn a_create_that_fails_anywhere_leaves_nothing() {
+    for event in [Event::Take, Event::TakeDressed] {
+        let (_, effects) = State::Ready.on(event).unwrap();
+        for fault in 1..=effects.len() {
+            let mut model = Model { record: Some(State::Preparing), ..at_rest(State::Running) };
+
+            let after = model.run(State::Ready, event, &mut usize::MAX.clone(), &mut fault.clone()).unwrap();
+
+            assert_eq!((after, model), (State::Gone, Model::default()), "{event:?}, effect {fault} fails");
+        }
+    }
 }

@@ -273,9 +273,6 @@ impl<W: World> Manager<W> {
             }
             self.note(&mut record, state, event, &with.detail);
             record.state = state;
-            if let (State::Running, Event::Done, Some(inner)) = (state, event, record.sandbox_mut()) {
-                inner.born = true;
-            }
             if state == State::Hibernated {
                 // What was wrong with its last machine says nothing about the next one.
                 sandbox.forget_aborts();
@@ -385,7 +382,9 @@ impl<W: World> Manager<W> {
             (State::Hibernated, Event::Fault) if record.state == State::Waking => "wake.failed",
             (_, Event::Fault) if matches!(record.state, State::Hibernating { .. }) => "hibernate.failed",
             // `Commit` has noted it.
-            (State::Running, Event::Done) if matches!(record.state, State::Waking | State::Resuming) => {
+            (State::Running, Event::Done)
+                if matches!(record.state, State::Creating | State::Waking | State::Resuming) =>
+            {
                 return;
             }
             (State::Creating, _) => "sandbox.creating",

@@ -227,6 +227,12 @@ impl<W: World> Manager<W> {
                 "sandbox.hibernated"
             }
             (_, State::Paused) => "sandbox.paused",
+            (State::Creating, _) => {
+                if let Some(inner) = after.sandbox_mut() {
+                    inner.born = true;
+                }
+                "sandbox.running"
+            }
             _ => "sandbox.resumed",
         };
         after.state = next;
