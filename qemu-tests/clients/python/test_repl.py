@@ -55,6 +55,34 @@ def test_sessions_survive_sleep_and_copies_and_each_copy_draws_its_own(client, h
         assert len(set(column)) == 3, drawn
 
 
+def test_javascript_and_bash_keep_their_state_through_timeouts_sleep_and_copies(http, notebook, making):
+    script, shell = notebook.create_code_context(language="javascript"), notebook.create_code_context(language="bash")
+    first = script.run_code("import os from 'node:os';\nconst x = 41;\nconsole.log('hi'); console.error('err');\nawait Promise.resolve({x: x + 1})")
+    assert (first.stdout, first.stderr, first.text, first.exit_code) == ("hi\n", "err\n", "{ x: 42 }", 0), first
+    assert script.run_code("({[Symbol.for('Jupyter.display')]: () => ({'text/html': '<b>x</b>'})})").results[0].html == "<b>x</b>"
+    told = shell.run_code("cd /tmp; x=41; echo hi; echo err >&2; false")
+    assert (told.stdout, told.stderr, told.exit_code, told.error) == ("hi\n", "err\n", 1, None), told
+    for context, slow, code, kept in ((script, "while (true) {}", "x + os.EOL", "'41\\n'"), (shell, "while true; do sleep 1; done", "echo $x $PWD", "41 /tmp\n")):
+        with pytest.raises(SandboxTimeout):
+            context.run_code(slow, timeout_seconds=2)
+        after = context.run_code(code)
+        assert (after.text or after.stdout) == kept
+
+    notebook.hibernate()
+    notebook.wake()
+    child = making(notebook.fork())
+
+    def drawn(sandbox, context, code):
+        answer = http("POST", f"/v1/sandboxes/{sandbox.id}/repl/sessions/{context.id}/run", json={"code": code}).json()
+        return answer["stdout"].split() or answer
+
+    draws = "console.log(x, Math.random(), require('crypto').randomBytes(8).toString('hex'))", "echo $x $RANDOM$RANDOM$RANDOM"
+    for context, code in zip((script, shell), draws):
+        ours, theirs = drawn(notebook, context, code), drawn(child, context, code)
+        assert ours[0] == theirs[0] == "41", (ours, theirs)
+        assert all(one != other for one, other in zip(ours[1:], theirs[1:], strict=True)), (ours, theirs)
+
+
 def test_two_creates_draw_different_numbers(client, making):
     drawn = []
     for _ in range(2):

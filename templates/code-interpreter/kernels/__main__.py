@@ -1,6 +1,6 @@
 """Code interpreter sessions: Jupyter kernels behind a Unix socket.
 
-    python3 kernels start [--warm]    returns when requests are taken; with --warm, when one Python kernel waits for its first cell
+    python3 kernels start [--warm]    returns when requests are taken; with --warm, when a kernel of each language waits for its first cell
     python3 kernels serve [--warm]    the server itself, in the foreground
 
 The server outlives who started it. A second one ends at once.
@@ -69,7 +69,7 @@ def serve(warm):
 def main():
     arguments = argparse.ArgumentParser(description="Jupyter kernels behind a Unix socket.")
     arguments.add_argument("what", choices=["start", "serve"])
-    arguments.add_argument("--warm", action="store_true", help="have a Python kernel wait for its first session")
+    arguments.add_argument("--warm", action="store_true", help="have a kernel of each language wait for its first session")
     given = arguments.parse_args()
     return {"start": start, "serve": serve}[given.what](given.warm)
 

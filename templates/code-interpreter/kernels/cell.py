@@ -167,7 +167,8 @@ def texts(data):
 def ending(content):
     """Exit code and error text of an `execute_reply`."""
     if content.get("status") == "ok":
-        return 0, None
+        # Kernels of languages whose cells end with a status tell it.
+        return content.get("exit_status", 0), None
     name, value = str(content.get("ename", "")), str(content.get("evalue", ""))
     if name == "SystemExit":
         if value in ("", "None"):

@@ -31,7 +31,7 @@ CONNECTIONS = 64
 LONGEST = 24 * 3600 * 1000
 # Seconds until a new session is handed out although its kernel does not answer yet; its first cell waits for it.
 OPENING = 10
-ALIASES = {"py": "python", "python3": "python"}
+ALIASES = {"py": "python", "python3": "python", "js": "javascript", "node": "javascript", "sh": "bash"}
 
 
 class Refused(Exception):
@@ -53,13 +53,13 @@ class Host:
     def __init__(self, folder):
         self.folder = folder
         self.sessions = {}
-        self.spare = None
+        self.spares = {}
         self.connections = 0
 
-    def warm(self):
-        """Starts a kernel ahead of the first session."""
-        self.spare = Kernel(self.folder, "python", warm=True)
-        return self.spare.ready()
+    async def warm(self):
+        """Starts a kernel of each language ahead of its first session."""
+        self.spares = {language: Kernel(self.folder, language, warm=True) for language in languages()}
+        await asyncio.gather(*(spare.ready() for spare in self.spares.values()))
 
     async def serve(self, reader, writer):
         gone = asyncio.get_running_loop().create_future()
@@ -118,10 +118,7 @@ class Host:
             raise Refused("unknown_language", f"there is no kernel for {language[:64]!r} here, only for {', '.join(languages())}")
         if len(self.sessions) >= SESSIONS:
             raise Refused("limit", f"there are {SESSIONS} sessions in this sandbox already")
-        kernel = None
-        if self.spare is not None and language == "python":
-            kernel, self.spare = self.spare, None
-        session = Session(language, kernel or Kernel(self.folder, language))
+        session = Session(language, self.spares.pop(language, None) or Kernel(self.folder, language))
         self.sessions[session.id] = session
         ready = asyncio.ensure_future(session.kernel.ready())
         try:
@@ -155,7 +152,7 @@ class Host:
         return session
 
     async def close(self):
-        kernels = [session.kernel for session in self.sessions.values()] + ([self.spare] if self.spare else [])
+        kernels = [session.kernel for session in self.sessions.values()] + list(self.spares.values())
         await asyncio.gather(*(kernel.close() for kernel in kernels), return_exceptions=True)
 
 

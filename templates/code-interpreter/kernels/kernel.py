@@ -88,9 +88,10 @@ class Process:
             self.pumps = [asyncio.create_task(self.pump(channel)) for channel in (self.client.iopub_channel, self.client.shell_channel)]
             if self.language == "python":
                 path = str(HERE / "inside.py")
-                await self.aside("import sys, types\nm = types.ModuleType('_pandastack_kernel')\n"
-                                 f"exec(compile(open({path!r}).read(), {path!r}, 'exec'), m.__dict__)\n"
-                                 f"sys.modules[m.__name__] = m\nm.set_up(shell, {self.mark!r}, {self.warm!r})", limit)
+                self.send_aside("import sys, types\nm = types.ModuleType('_pandastack_kernel')\n"
+                                f"exec(compile(open({path!r}).read(), {path!r}, 'exec'), m.__dict__)\n"
+                                f"sys.modules[m.__name__] = m\nm.set_up(shell, {self.mark!r}, {self.warm!r})")
+                await self.is_done(limit)
         except Exception as error:
             await self.kill()
             raise KernelFailed(f"no kernel for {self.language} could be started: {type(error).__name__}: {error}") from error
@@ -114,23 +115,31 @@ class Process:
             cell = self.cell
             if cell is None or (message.get("parent_header") or {}).get("msg_id") != cell.request:
                 continue
-            if message["header"]["msg_type"] == "execute_reply":
+            if channel is self.client.shell_channel:
                 if self.reply is not None and not self.reply.done():
                     self.reply.set_result(message["content"])
-            elif channel is self.client.iopub_channel:
+            else:
                 cell.take(message)
                 self.last_heard = time.monotonic()
 
-    def send(self, code, silent, mark=""):
+    def expect(self, request, mark=""):
+        """What comes from now on is about this request."""
         self.reply = asyncio.get_running_loop().create_future()
         self.last_heard = time.monotonic()
-        request = self.client.execute(code, silent=silent, store_history=not silent, allow_stdin=False, stop_on_error=False)
         self.cell = Cell(request, mark)
         return self.cell
 
-    async def aside(self, code, limit=ASIDE):
-        """Runs code that is not the user's, with `shell` and `kernel` in its reach; leaves no name and no output behind."""
-        self.send("__import__('builtins').exec(%r, {'shell': get_ipython(), 'kernel': get_ipython().kernel})" % code, silent=True)
+    def send(self, code):
+        """Begins a cell of the user's."""
+        return self.expect(self.client.execute(code, allow_stdin=False, stop_on_error=False), self.mark)
+
+    def send_aside(self, code):
+        """Begins what is not the user's, with `shell` and `kernel` in its reach; it leaves no name and no output behind."""
+        hidden = "__import__('builtins').exec(%r, {'shell': get_ipython(), 'kernel': get_ipython().kernel})" % code
+        self.expect(self.client.execute(hidden, silent=True, store_history=False, allow_stdin=False, stop_on_error=False))
+
+    async def is_done(self, limit=ASIDE):
+        """Waits until what is not the user's is done."""
         try:
             await asyncio.wait({self.reply, self.ended}, timeout=limit, return_when=asyncio.FIRST_COMPLETED)
             if not self.reply.done():
@@ -146,18 +155,19 @@ class Process:
         now = machine()
         if now == self.machine:
             return
+        # The request goes out under the old key, what the kernel says after it under the new one.
+        key = secrets.token_hex(32)
         if self.language == "python":
-            key = secrets.token_hex(32)
-            code = f"import _pandastack_kernel as m; m.renew(kernel, {key!r})"
-            # The request goes out under the old key, what the kernel says after it under the new one.
-            self.send("__import__('builtins').exec(%r, {'kernel': get_ipython().kernel})" % code, silent=True)
-            self.client.session.key = key.encode()
-            try:
-                await asyncio.wait({self.reply, self.ended}, timeout=ASIDE, return_when=asyncio.FIRST_COMPLETED)
-                if not self.reply.done() or ending(self.reply.result()) != (0, None):
-                    raise KernelFailed("the kernel of a copied machine could not be made unique")
-            finally:
-                self.cell = None
+            self.send_aside(f"import _pandastack_kernel as m; m.renew(kernel, {key!r})")
+        else:
+            request = self.client.session.msg("renew_request", {"key": key})
+            self.client.shell_channel.send(request)
+            self.expect(request["header"]["msg_id"])
+        self.client.session.key = key.encode()
+        try:
+            await self.is_done()
+        except KernelFailed as error:
+            raise KernelFailed("the kernel of a copied machine could not be made unique") from error
         self.machine = now
 
     async def output(self):
@@ -263,7 +273,7 @@ class Kernel:
 
     async def follow(self, code, seconds, gone, note):
         process, began = self.process, time.monotonic()
-        cell = process.send(code, silent=False, mark=process.mark)
+        cell = process.send(code)
         try:
             if note:
                 cell.streams["stderr"].add(f"[{note}]\n")

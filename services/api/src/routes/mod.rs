@@ -59,64 +59,38 @@ pub type Answer = Result<Response, Problem>;
 /// All routes.
 pub fn all(app: &Arc<App>) -> BoxedFilter<(Response,)> {
     // The most frequent first.
-    exec::routes(app)
-        .or(files::routes(app))
-        .unify()
-        .or(cells::routes(app))
-        .unify()
-        .or(repl::routes(app))
-        .unify()
-        .or(sandboxes::routes(app))
-        .unify()
-        .or(lifecycle::routes(app))
-        .unify()
-        .or(state::routes(app))
-        .unify()
-        .or(forks::routes(app))
-        .unify()
-        .or(promote::routes(app))
-        .unify()
-        .or(snapshots::routes(app))
-        .unify()
-        .or(execs::routes(app))
-        .unify()
-        .or(sockets::routes(app))
-        .unify()
-        .or(logs::routes(app))
-        .unify()
-        .or(events::routes(app))
-        .unify()
-        .or(audit::routes(app))
-        .unify()
-        .or(stats::routes(app))
-        .unify()
-        .or(usage::routes(app))
-        .unify()
-        .or(volumes::routes(app))
-        .unify()
-        .or(volume_snapshots::routes(app))
-        .unify()
-        .or(proxy::routes(app))
-        .unify()
-        .or(ports::routes(app))
-        .unify()
-        .or(previews::routes(app))
-        .unify()
-        .or(builds::routes(app))
-        .unify()
-        .or(templates::routes(app))
-        .unify()
-        .or(mcp::routes(app))
-        .unify()
-        .or(me::routes(app))
-        .unify()
-        .or(orgs::routes(app))
-        .unify()
-        .or(quotas::routes(app))
-        .unify()
-        .or(meta::routes(app))
-        .unify()
-        .boxed()
+    let groups = [
+        exec::routes(app),
+        files::routes(app),
+        cells::routes(app),
+        repl::routes(app),
+        sandboxes::routes(app),
+        lifecycle::routes(app),
+        state::routes(app),
+        forks::routes(app),
+        promote::routes(app),
+        snapshots::routes(app),
+        execs::routes(app),
+        sockets::routes(app),
+        logs::routes(app),
+        events::routes(app),
+        audit::routes(app),
+        stats::routes(app),
+        usage::routes(app),
+        volumes::routes(app),
+        volume_snapshots::routes(app),
+        proxy::routes(app),
+        ports::routes(app),
+        previews::routes(app),
+        builds::routes(app),
+        templates::routes(app),
+        mcp::routes(app),
+        me::routes(app),
+        orgs::routes(app),
+        quotas::routes(app),
+    ];
+    // One type for all of them: a chain of thirty different ones takes the compiler minutes.
+    groups.into_iter().rev().fold(meta::routes(app), |later, earlier| earlier.or(later).unify().boxed())
 }
 
 /// The request as the handlers see it.

@@ -142,7 +142,8 @@ pub fn unanswered(why: Unanswered) -> Problem {
 /// A session that is wished for.
 #[derive(Debug, Deserialize, ToSchema)]
 pub struct OpenRequest {
-    /// `python` when absent; also `py` and `python3`.
+    /// `python` when absent; what there are kernels for is the template's matter: in `code-interpreter` `python`, `javascript`
+    /// and `bash`, and what these are also called (`py`, `python3`, `js`, `node`, `sh`).
     #[schema(max_length = 64)]
     pub language: Option<String>,
 }
