@@ -128,6 +128,8 @@ def test_schemathesis_finds_no_server_error(http, foreign):
         env=os.environ | {"SCHEMATHESIS_HOOKS": "schemathesis_hooks", "PYTHONPATH": here, "SCHEMATHESIS_SANDBOX": target.id})
     for sandbox in foreign.sandboxes.list():
         sandbox.kill()
+    for snapshot in foreign._request("GET", "/volume-snapshots"):
+        foreign._request("DELETE", f"/volumes/{snapshot['volume']}/snapshots/{snapshot['id']}")
     for volume in foreign.volumes.list():
         foreign.volumes.delete(volume["name"])
     print([line for line in run.stdout.splitlines() if "generated" in line or "passed" in line or "Operations" in line])

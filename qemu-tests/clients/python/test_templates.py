@@ -267,7 +267,10 @@ def test_an_image_of_a_registry_becomes_a_template(client, name, push, small_arc
     assert done.is_done and client.templates.get(name).memory_mb == 512
     sandbox = making(client.sandboxes.create(template=name))
     child = making(sandbox.fork())
-    for one in (sandbox, child):
+    snapshot = sandbox.snapshot()
+    copy = making(client.sandboxes.create(from_snapshot=snapshot))
+    client.snapshots.delete(snapshot)
+    for one in (sandbox, child, copy):
         assert one.exec("pwd; echo $COLOUR").stdout == "/etc\ngreen\n"
     client.templates.delete(name)
 

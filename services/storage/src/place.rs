@@ -301,6 +301,18 @@ pub fn clone_open(from: &File, to: &Path, mode: u32) -> Result<File> {
     Ok(file)
 }
 
+/// [`clone_open`], made larger where it has fewer bytes than `least`.
+///
+/// # Errors
+/// As [`clone_open`].
+pub fn clone_grown(from: &File, to: &Path, mode: u32, least: u64) -> Result<File> {
+    let file = clone_open(from, to, mode)?;
+    if file.metadata().at(to)?.len() < least {
+        file.set_len(least).at(to)?;
+    }
+    Ok(file)
+}
+
 /// Removes a name of a file; that it is not there is as good.
 ///
 /// # Errors

@@ -34,7 +34,7 @@ use crate::{
     import::write_manifest,
     layout::{self, Layout},
     mkfs,
-    place::{Place, children, clone_file, create, remove_tree, same_file},
+    place::{Place, children, clone_grown, create, open_regular, remove_tree, same_file},
     sandbox,
     volume_index::{Assigned, Index, Manifest, VERSION, Volume, check, check_name, key, read},
     volume_snapshot,
@@ -116,11 +116,7 @@ impl Volumes {
     ) -> Result<VolumeInfo> {
         check_name(workspace, name)?;
         self.make(place, workspace, name, size_mib, |path| {
-            let file = clone_file(disk, path, 0o600)?;
-            if file.metadata().at(path)?.len() < size_mib << 20 {
-                file.set_len(size_mib << 20).at(path)?;
-            }
-            Ok(file)
+            clone_grown(&open_regular(disk)?, path, 0o600, size_mib << 20)
         })
     }
 

@@ -16,7 +16,7 @@ use crate::{
     error::{At, Result, StorageError},
     import::write_manifest,
     layout::{self, Layout},
-    place::{Place, children, clone_open, open_regular, remove_tree},
+    place::{Place, children, clone_grown, clone_open, open_regular, remove_tree},
     volume::Volumes,
     volume_index::{Index, Kept, VERSION, check, check_name, read},
 };
@@ -166,13 +166,7 @@ impl Volumes {
                 "the snapshot has {least} MiB, and a volume of it is never smaller"
             )));
         }
-        self.make(place, workspace, name, size_mib, |path| {
-            let file = clone_open(&source, path, 0o600)?;
-            if file.metadata().at(path)?.len() < size_mib << 20 {
-                file.set_len(size_mib << 20).at(path)?;
-            }
-            Ok(file)
-        })
+        self.make(place, workspace, name, size_mib, |path| clone_grown(&source, path, 0o600, size_mib << 20))
     }
 }
 

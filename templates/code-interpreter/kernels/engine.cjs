@@ -49,10 +49,14 @@ function main() {
   for (const event of ['uncaughtException', 'unhandledRejection']) process.on(event, (error) => console.error('Uncaught', error));
   const lines = new Worker(__filename);
   let current = 0;
+  tell(null);
   lines.on('message', ({ line, cell }) => {
     if (line === 'run') {
       current = cell;
-      interpreter.run(fs.readFileSync(CODE, 'utf8')).then(tell);
+      interpreter.run(fs.readFileSync(CODE, 'utf8')).then(async (outcome) => {
+        await Promise.all([process.stdout, process.stderr].map(written));
+        tell(outcome);
+      });
     } else if (line === 'interrupt') {
       lines.postMessage(line);
       // One that was meant for the cell before comes late.
@@ -61,6 +65,11 @@ function main() {
       interpreter.random.renew();
     }
   });
+}
+
+// Where a pipe is full, what is printed waits in this process.
+function written(stream) {
+  return new Promise((resolve) => { stream.write('', resolve); });
 }
 
 function tell(outcome) {

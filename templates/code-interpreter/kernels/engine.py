@@ -4,7 +4,8 @@ Owns: how it is started, told what to do, interrupted and made new, and that its
 Jupyter.
 
 Descriptor 3 of the process is a file in memory with the cell's code, 4 a pipe on which the outcomes come, each ended by a
-zero byte. 1 and 2 are pipes; what a cell wrote into them before its outcome is read before it.
+zero byte; the first one says only that it has started. 1 and 2 are pipes; what a cell wrote into them before its outcome
+is read before it.
 """
 
 import asyncio
@@ -36,6 +37,8 @@ class Engine:
     def __init__(self, heard, shown, ended):
         self.heard, self.shown, self.ended = heard, shown, ended
         self.ran, self.outcome, self.rest = False, None, b""
+        # What it says before it is asked anything is nobody's output.
+        self.silent = True
         self.code = os.memfd_create("cell", os.MFD_CLOEXEC)
         outcomes, told = os.pipe2(os.O_CLOEXEC)
         inlet, self.inlet = os.pipe2(os.O_CLOEXEC)
@@ -77,7 +80,7 @@ class Engine:
                 asyncio.get_running_loop().remove_reader(fd)
             return False
         text = decoder.decode(piece)
-        if passed < STREAM_BYTES and text:
+        if passed < STREAM_BYTES and text and not self.silent:
             self.streams[name][2] += len(piece)
             self.heard(name, text)
         return True
@@ -97,7 +100,10 @@ class Engine:
         *whole, self.rest = (self.rest + piece).split(b"\0")
         for one in whole:
             self.drain()
-            self.told(one.decode("utf-8", "replace"))
+            if self.silent:
+                self.silent = False
+            else:
+                self.told(one.decode("utf-8", "replace"))
 
     def told(self, outcome):
         """An outcome, as the language tells it."""
@@ -163,6 +169,10 @@ class Bash(Engine):
 
     command = ("bash", "--noprofile", "--norc", "--noediting", "-i", "+H")
     environment = {"PS1": "", "PS2": "", "HISTFILE": ""}
+
+    def __init__(self, *given):
+        super().__init__(*given)
+        self.tell("builtin printf '\\0' >&4")
 
     def begin(self):
         # Two lines: an interrupt ends the first one, and the second tells of it.
