@@ -157,7 +157,7 @@ async fn a_lost_connection_loses_nothing_and_runs_nothing_twice() {
     let cut = async {
         for _ in 0..3 {
             tokio::time::sleep(Duration::from_millis(500)).await;
-            appliance.vmm.cut();
+            appliance.vmm.cut().await;
         }
     };
     let (reply, ()) = tokio::join!(api.exec(&id, json!({"cmd": cmd})), cut);
@@ -165,7 +165,7 @@ async fn a_lost_connection_loses_nothing_and_runs_nothing_twice() {
     assert_eq!(std::fs::read_to_string(&marks).unwrap(), "x\n");
 
     // An idle connection that broke is noticed before anything is asked on it.
-    appliance.vmm.cut();
+    appliance.vmm.cut().await;
     assert_eq!(api.exec(&id, json!({"cmd": "echo again"})).await.json()["stdout"], "again\n");
 }
 
@@ -291,7 +291,7 @@ async fn a_deleted_sandbox_is_gone_for_execs_too() {
     assert_eq!(api.exec(&id, json!({"cmd": "true"})).await.status, 200);
     // Behind the API's back, as the idle limit does it.
     appliance.vmm.sandboxes.lock().unwrap().clear();
-    appliance.vmm.cut();
+    appliance.vmm.cut().await;
     assert_eq!(api.exec(&id, json!({"cmd": "true"})).await.status, 404);
     assert_eq!(api.get(&format!("/v1/sandboxes/{id}/fs?path=/etc/hostname")).await.status, 404);
 }

@@ -268,7 +268,7 @@ async fn a_lost_connection_runs_no_cell_twice() {
     let cut = async {
         for _ in 0..3 {
             tokio::time::sleep(Duration::from_millis(500)).await;
-            appliance.vmm.cut();
+            appliance.vmm.cut().await;
         }
     };
     let (reply, ()) = tokio::join!(run(&api, &id, &cell), cut);

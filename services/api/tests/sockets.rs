@@ -138,7 +138,7 @@ async fn a_terminal_whose_connection_breaks_goes_on() {
     // No goodbye.
     drop(socket);
     // Nor does it hurt when the way to the guest is cut as well.
-    appliance.vmm.cut();
+    appliance.vmm.cut().await;
 
     let mut again =
         Socket::authorized(&appliance, &format!("{path}?session={session}&rows=20&cols=70")).await.unwrap();

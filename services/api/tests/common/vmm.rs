@@ -114,9 +114,13 @@ impl FakeVmm {
         })
     }
 
-    /// Cuts every connection into every guest.
-    pub fn cut(&self) {
-        self.relays.lock().unwrap().drain().flat_map(|(_, relays)| relays).for_each(|relay| relay.abort());
+    /// Cuts every connection into every guest; nothing goes through them any more when this returns.
+    pub async fn cut(&self) {
+        let relays: Vec<_> = self.relays.lock().unwrap().drain().flat_map(|(_, relays)| relays).collect();
+        for relay in relays {
+            relay.abort();
+            let _ = relay.await;
+        }
     }
 
     /// From now on changes are told on this connection.

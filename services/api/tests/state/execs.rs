@@ -104,7 +104,7 @@ async fn a_reader_that_comes_back_misses_nothing_and_replaces_the_one_before() {
     // One that has read all there is, and one that is gone before it read anything.
     let (first, open) = api.open("GET", &path, &[], b"").await;
     drop(api.open("GET", &path, &[], b"").await);
-    appliance.vmm.cut();
+    appliance.vmm.cut().await;
 
     let whole = events(&api.get(&path).await.text());
 

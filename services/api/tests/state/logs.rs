@@ -91,7 +91,7 @@ async fn a_follower_misses_nothing_across_cuts_and_sleep_and_wakes_nobody() {
     let mut body = response.into_body();
     assert_eq!(lines(&mut body, 1).await, ["before\n"]);
 
-    appliance.vmm.cut();
+    appliance.vmm.cut().await;
     api.exec(&id, json!({"cmd": "echo 'after a cut'"})).await;
     assert_eq!(lines(&mut body, 1).await, ["after a cut\n"]);
 
@@ -103,7 +103,7 @@ async fn a_follower_misses_nothing_across_cuts_and_sleep_and_wakes_nobody() {
     assert_eq!(lines(&mut body, 2).await, ["after a sleep\n", "open\n"]);
 
     api.send("DELETE", &format!("/v1/sandboxes/{id}"), &[], b"").await;
-    appliance.vmm.cut();
+    appliance.vmm.cut().await;
     let end = tokio::time::timeout(Duration::from_secs(20), body.collect()).await.unwrap();
     assert!(end.is_ok(), "the end of a sandbox is a clean end");
 }
