@@ -24,6 +24,8 @@ import termios
 HERE = pathlib.Path(__file__).resolve().parent
 # Bytes of one stream that are passed on per cell; who reads them keeps less.
 STREAM_BYTES = 2 << 20
+# Seconds for which output is collected into one message: a message per line would be more than their queue holds.
+TOGETHER = 0.02
 PR_SET_PDEATHSIG = 1
 
 
@@ -39,6 +41,8 @@ class Engine:
         self.ran, self.outcome, self.rest = False, None, b""
         # What it says before it is asked anything is nobody's output.
         self.silent = True
+        self.collected = {"stdout": [], "stderr": []}
+        self.passing = None
         self.code = os.memfd_create("cell", os.MFD_CLOEXEC)
         outcomes, told = os.pipe2(os.O_CLOEXEC)
         inlet, self.inlet = os.pipe2(os.O_CLOEXEC)
@@ -82,8 +86,20 @@ class Engine:
         text = decoder.decode(piece)
         if passed < STREAM_BYTES and text and not self.silent:
             self.streams[name][2] += len(piece)
-            self.heard(name, text)
+            self.collected[name].append(text)
+            if self.passing is None:
+                self.passing = asyncio.get_running_loop().call_later(TOGETHER, self.pass_on)
         return True
+
+    def pass_on(self):
+        """Passes on what has been collected."""
+        if self.passing is not None:
+            self.passing.cancel()
+            self.passing = None
+        for name, texts in self.collected.items():
+            if texts:
+                self.heard(name, "".join(texts))
+                texts.clear()
 
     def drain(self):
         """What was written before an outcome came is in the pipes now."""
@@ -91,6 +107,7 @@ class Engine:
             left = unread(fd)
             if left:
                 self.read(name, left)
+        self.pass_on()
 
     def read_outcomes(self):
         piece = os.read(self.outcomes, 1 << 16)
@@ -117,6 +134,7 @@ class Engine:
         asyncio.get_running_loop().remove_reader(self.pidfd)
         while any([self.read(name) for name in self.streams]):
             pass
+        self.pass_on()
         code = self.process.wait()
         self.ended(code if code >= 0 else 128 - code)
 
@@ -150,6 +168,8 @@ class Engine:
         loop = asyncio.get_running_loop()
         for fd in (self.outcomes, self.pidfd, *(fd for fd, _, _ in self.streams.values())):
             loop.remove_reader(fd)
+        if self.passing is not None:
+            self.passing.cancel()
         self.process.kill()
         self.process.wait()
         self.process.stdout.close()
