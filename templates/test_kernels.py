@@ -420,6 +420,11 @@ class JavaScriptTest(Hosted):
         self.assertEqual(got["results"][:2], [{"text/html": "<b>x</b>"}, {"text/plain": "1"}])
         self.assertTrue(got["results"][2]["image/png"].startswith("iVBOR"))
         self.assertEqual((await self.run_cell(page))["results"], [{"text/html": "<b>x</b>"}])
+        # What cannot be told is no reason to wait for.
+        for odd in ("({'application/json': 1n})", "5", "undefined", "(() => { throw new Error('no'); })()"):
+            got = await self.run_cell(f"const odd = {{[Symbol.for('Jupyter.display')]: () => {odd}}}; display(odd); odd")
+            self.assertEqual((got["exit"], len(got["results"]), got["timed_out"]), (0, 2, False), odd)
+        self.assertEqual(await self.value_of("1"), "1")
 
     async def test_imports(self):
         (self.folder / "own.mjs").write_text("export default 'own'; export const named = 1;")

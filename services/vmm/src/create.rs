@@ -254,14 +254,13 @@ impl<W: World> Manager<W> {
             record.created_unix_ms = now;
         };
         let with = Happening { change: Some(Box::new(change)), ..Happening::default() };
-        match self.happen(slot, event, with).await {
-            Ok(State::Running) => {
+        match self.happen(slot, event, with).await? {
+            State::Running => {
                 slot.touch(self.now_ms());
                 slot.timed("total_us", accepted);
                 Ok(())
             }
-            Ok(other) => Err(Error::Internal(format!("a create ended {other:?}"))),
-            Err(error) => Err(error),
+            other => Err(Error::Internal(format!("a create ended {other:?}"))),
         }
     }
 }

@@ -173,13 +173,17 @@ function described(error) {
 async function bundleOf(value) {
   try {
     const own = value?.[Symbol.for('Jupyter.display')];
-    if (typeof own === 'function') return await own.call(value);
+    if (typeof own === 'function') {
+      const bundle = await own.call(value);
+      // It has to be an object, and one that can be told.
+      return Object.assign({}, JSON.parse(JSON.stringify(Object(bundle) === bundle ? bundle : null)) ?? { 'text/plain': inspect(bundle) });
+    }
+    const bundle = { 'text/plain': inspect(value) };
+    if (isPng(value)) bundle['image/png'] = Buffer.from(value).toString('base64');
+    return bundle;
   } catch (error) {
     return { 'text/plain': `not shown: ${error}` };
   }
-  const bundle = { 'text/plain': inspect(value) };
-  if (isPng(value)) bundle['image/png'] = Buffer.from(value).toString('base64');
-  return bundle;
 }
 
 function isPng(value) {
