@@ -87,7 +87,8 @@ pub struct Ended {
     pub code: i32,
     /// Its time was up.
     pub timed_out: bool,
-    /// The last line that it wrote.
+    /// The last line that it wrote. Of what it writes to stdout and to stderr at about the same time, either may be last: they are
+    /// two pipes. Who wants one order makes them one (`2>&1`).
     pub last: String,
 }
 

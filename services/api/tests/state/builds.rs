@@ -184,7 +184,7 @@ async fn what_fails_says_why_and_leaves_nothing() {
     let appliance = Appliance::start().await;
     let api = Api::new(&appliance);
     for (script, error) in [
-        ("echo why; echo 'the Dockerfile is wrong' >&2; exit 65", "the Dockerfile is wrong"),
+        ("exec 2>&1; echo why >&2; echo 'the Dockerfile is wrong'; exit 65", "the Dockerfile is wrong"),
         ("echo broken; exit 3", "the build failed with exit code 3: broken"),
         ("exit 0", "the build machine refused"),
         ("echo '{\"workdir\":\"x\"}' > \"$(dirname \"$1\")/result.json\"", "working directory"),
