@@ -183,8 +183,8 @@ def test_a_build_that_fails_says_why_and_leaves_nothing(client, http, name):
 
     before = volumes()
     missing = os.environ["SUITE_REGISTRY"] + "/nobody/has:this"
-    for build, sentence in ((built("FROM base\nRUN false\n"), ""), (built("FROM nobody-has-this\n"), "nobody-has-this"),
-                            (lambda called: templates.register(called, missing), f"{missing} cannot be pulled")):
+    # templates/test_builder.py has every other way to fail.
+    for build, sentence in ((built("FROM base\nRUN false\n"), ""), (lambda called: templates.register(called, missing), f"{missing} cannot be pulled")):
         made = build(failing := name())
         with pytest.raises(TemplateBuildError) as failed:
             client.templates.wait_for_build(made.id, timeout_seconds=PATIENCE)
