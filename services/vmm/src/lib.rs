@@ -23,6 +23,7 @@ pub mod backend;
 pub mod bake;
 pub mod capture;
 pub mod catalogue;
+pub mod commit;
 pub mod console;
 pub mod create;
 pub mod effects;

@@ -1,7 +1,7 @@
 //! A hibernated sandbox moves into a slot.
 //!
-//! Owns: the slot that is borrowed meanwhile, the one durable write that makes it the sandbox's machine, and that all who
-//! wait for a wake share its outcome. Refuses to know: which step follows which (`machine`).
+//! Owns: the slot that is borrowed meanwhile, that it is the sandbox's machine afterwards, and that all who wait for a wake
+//! share its outcome. Refuses to know: which step follows which (`machine`), the write that decides it (`commit`).
 
 use std::{
     sync::{
@@ -199,58 +199,8 @@ impl<W: World> Manager<W> {
         }
     }
 
-    /// Makes durable what the sandbox is once its present step is done: the point from which on it is acknowledged.
-    ///
-    /// # Errors
-    /// The disk does not take it; nothing changed.
-    pub async fn commit(self: &Arc<Self>, sandbox: &Arc<Sandbox>, record: &mut Record) -> Result<()> {
-        let (next, _) = record
-            .state
-            .on(Event::Done)
-            .ok_or_else(|| Error::Internal(format!("nothing follows {:?}", record.state)))?;
-        let mut after = record.clone();
-        let mut image = String::new();
-        let slot = sandbox.sleep.slot().filter(|_| record.state == State::Waking);
-        let kind = match (record.state, next) {
-            (State::Waking, _) => {
-                let slot = slot.as_ref().ok_or_else(lost)?;
-                after.machine = Some(slot.id.clone());
-                after.address.clone_from(&slot.record().address);
-                if let Some(inner) = after.sandbox_mut() {
-                    inner.boot_mode = "wake".into();
-                    image = std::mem::take(&mut inner.image);
-                }
-                "sandbox.woken"
-            }
-            (_, State::Hibernated) => {
-                after.address.clear();
-                "sandbox.hibernated"
-            }
-            (_, State::Paused) => "sandbox.paused",
-            (State::Creating, _) => {
-                if let Some(inner) = after.sandbox_mut() {
-                    inner.born = true;
-                }
-                "sandbox.running"
-            }
-            _ => "sandbox.resumed",
-        };
-        after.state = next;
-        after.generation += 1;
-        after.note(self.unix_ms(), kind, "");
-        self.save(&after).await?;
-        after.state = record.state;
-        *record = after;
-        tracing::info!(sandbox = %record.id, "{} {kind}", record.id);
-        if slot.is_some() {
-            self.move_in(sandbox);
-            self.discard(image);
-        }
-        Ok(())
-    }
-
     /// The borrowed slot is the sandbox's from now on. Nothing here may fail any more.
-    fn move_in(self: &Arc<Self>, sandbox: &Arc<Sandbox>) {
+    pub fn move_in(self: &Arc<Self>, sandbox: &Arc<Sandbox>) {
         let Some(lent) = sandbox.sleep.lent().take() else { return };
         let slot = &lent.slot;
         sandbox.set_limits(slot.limits());
@@ -284,6 +234,7 @@ impl<W: World> Manager<W> {
     }
 }
 
-fn lost() -> Error {
+/// A wake without its slot.
+pub fn lost() -> Error {
     Error::Internal("no slot is borrowed".into())
 }
