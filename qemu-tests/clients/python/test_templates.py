@@ -36,13 +36,13 @@ WORKDIR /srv/app
 COPY sub/a.txt ./a.txt
 COPY sub /srv/all
 COPY --from=tools /out/tool /usr/local/share/tool
-RUN echo "from $SUITE in $(pwd)" > made.txt
-RUN useradd --create-home worker
+RUN echo "from $SUITE in $(pwd)" > made.txt && \\
+    printf '%s\\n' one \\
+    two > /srv/lines && \\
+    useradd --create-home worker
 USER worker
 RUN id -un > /home/worker/me
 USER root
-RUN printf '%s\\n' one \\
-    two > /srv/lines
 EXPOSE 8000
 CMD ["cat", "made.txt"]
 """
