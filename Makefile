@@ -23,7 +23,7 @@ say = @printf '[make] %s\n' "$(1)" >&2
 MAKEFLAGS += --jobs=2 --no-print-directory
 
 .DEFAULT_GOAL := help
-.PHONY: help tools guest-init guest templates build image runner run stop console shell status test check deny units appliance-tests bench fuzz clean
+.PHONY: help tools guest-init guest templates build image runner run stop console shell status test check deny units template-units appliance-tests bench fuzz clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -69,7 +69,7 @@ status: runner ## what runs
 runner:
 	@[ -x $(APPLIANCE) ] || $(CARGO) build --quiet --release --locked -p qemu-tests --bins
 
-test: check units appliance-tests ## everything: lints, unit and property tests, the booted appliance
+test: check units template-units appliance-tests ## everything: lints, unit and property tests, the booted appliance
 
 check: deny | tools
 	$(call say,format and lints)
@@ -91,12 +91,15 @@ $(DENY):
 units: check
 	$(call say,unit and property tests)
 	@$(CARGO) test --quiet --locked --workspace
+
+# They wait more than they work: beside the other units, once the image is there.
+template-units: image
 	$(call say,the kernels of code-interpreter)
 	@templates/test_kernels.py
 	$(call say,the builder of templates)
 	@templates/test_builder.py
 
-appliance-tests: units image
+appliance-tests: units template-units image
 	$(call say,the booted appliance)
 	@$(CARGO) test --quiet --release --locked -p qemu-tests --test appliance
 
