@@ -40,7 +40,7 @@ What the published clients can ask for, line by line, and what shows that the ap
 (`pandastack` 0.10.0) and npm (`@pandastack/sdk` 0.9.0 with its command line), unmodified.
 
 *This file is made by the suite* (`qemu-tests/clients/compatibility.py`), from which methods of the clients were called and returned in tests that
-passed on the booted appliance. With `SUITE=long`, a run that covers other lines fails and says how to renew it.
+passed on the booted appliance. A run that covers other lines fails and says how to renew it.
 
 | state | meaning |
 |---|---|

@@ -44,6 +44,7 @@ const TESTS: &[Test] = &[
     ("vmm_may_manage_nothing_but_sandboxes", operator::vmm_may_manage_nothing_but_sandboxes),
     ("python_client", clients::python),
     ("typescript_client", clients::typescript),
+    ("the_compatibility_document_is_that_of_the_run", clients::compatibility),
     ("an_idle_persistent_sandbox_sleeps_until_it_is_used", sandboxes::an_idle_persistent_sandbox),
     ("a_guest_reaches_the_internet_and_nothing_else", egress::a_guest_reaches_the_internet_and_nothing_else),
     ("a_guest_that_fills_its_disk_harms_nobody", abuse::a_full_disk),
@@ -64,7 +65,6 @@ const LAST: &[Test] = &[
 
 /// Those that take long, or whose guests have much to do: `SUITE=long` runs them before the power is touched.
 const LONG: &[Test] = &[
-    ("the_compatibility_document_is_that_of_the_run", clients::compatibility),
     ("every_copy_agrees_with_itself", exactness::every_copy_agrees),
     ("a_fork_makes_its_parent_wait_no_longer_than_its_pause", exactness::a_parent_waits_for_its_pause_only),
     ("random_state_changes_are_those_of_the_model", model::random_state_changes),
