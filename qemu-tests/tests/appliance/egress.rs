@@ -62,8 +62,16 @@ pub fn a_guest_reaches_the_internet_and_nothing_else(fixture: &Fixture) -> Resul
         Ok(api.get(id)?.body["guest_ip"].as_str().context("no guest_ip")?.to_owned())
     };
     let (own, other) = (ip(&one)?, ip(&two)?);
-    api.exec(&two, "setsid python3 -m http.server 7000 >/dev/null 2>&1 < /dev/null & sleep 2")?;
-    api.exec(&one, "ip addr add 10.77.7.7/32 dev lo")?;
+    let serve = format!(
+        "setsid python3 -m http.server {PORT} >/dev/null 2>&1 < /dev/null & \
+         for _ in $(seq 400); do bash -c ': < /dev/tcp/127.0.0.1/{PORT}' 2>/dev/null && echo up && break; sleep 0.2; done"
+    );
+    // What is not there cannot be reached either.
+    ensure!(api.exec(&two, &serve)? == "up\n", "the other guest does not listen");
+    ensure!(
+        api.exec(&one, "ip addr add 10.77.7.7/32 dev lo && echo added")? == "added\n",
+        "no foreign address"
+    );
 
     let mut expected = BTreeSet::new();
     let mut places = Vec::<Place>::new();
