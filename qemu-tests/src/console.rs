@@ -36,6 +36,13 @@ impl Console {
         line.chars().take(width).collect()
     }
 
+    /// What a kernel that gave up printed after the first `skip` bytes of [`Self::text`], from its first complaint on, at most
+    /// `most` lines of it; nothing while no panic is there whole.
+    #[must_use]
+    pub fn panic(&self, skip: usize, most: usize) -> Option<String> {
+        panic_in(self.text().get(skip..)?, most)
+    }
+
     /// Waits until the log contains a text.
     ///
     /// # Errors
@@ -82,6 +89,22 @@ impl Console {
     }
 }
 
+/// How Linux begins to say what is wrong; the rest is its report.
+const COMPLAINTS: [&str; 6] =
+    ["BUG: ", "Oops: ", "general protection fault", "divide error", "stack segment", "Kernel panic"];
+/// The last line of a panic.
+const PANIC_ENDS: &str = "---[ end Kernel panic";
+
+fn panic_in(text: &str, most: usize) -> Option<String> {
+    let lines: Vec<&str> = text.lines().collect();
+    let end = lines.iter().position(|line| line.contains(PANIC_ENDS))?;
+    let start = lines[..=end]
+        .iter()
+        .position(|line| COMPLAINTS.iter().any(|complaint| line.contains(complaint)))
+        .unwrap_or(end);
+    Some(lines[start..=end].iter().take(most).copied().collect::<Vec<_>>().join("\n"))
+}
+
 /// Text without terminal escape sequences and carriage returns.
 fn plain(bytes: &[u8]) -> String {
     let text = String::from_utf8_lossy(bytes);
@@ -119,6 +142,18 @@ mod tests {
         );
         assert_eq!(plain(b"\x1b"), "");
         assert_eq!(plain(b"\x1b[1;2"), "");
+    }
+
+    #[test]
+    fn a_panic_is_told_from_its_first_complaint() {
+        let report = "fine\n[5.1] BUG: unable to handle page fault\n[5.2] RIP: here\n[5.3] Kernel panic - not syncing: Fatal exception in interrupt\n";
+        let whole = format!(
+            "{report}[5.4] ---[ end Kernel panic - not syncing: Fatal exception in interrupt ]---\nafter\n"
+        );
+
+        assert_eq!(panic_in(report, 9), None, "not printed to its end yet");
+        assert_eq!(panic_in(&whole, 9).map(|told| told.lines().count()), Some(4));
+        assert_eq!(panic_in(&whole, 1).as_deref(), Some("[5.1] BUG: unable to handle page fault"));
     }
 
     #[test]

@@ -101,7 +101,7 @@ impl Running {
         let address = SocketAddr::from((Ipv4Addr::LOCALHOST, self.api_port));
         let mut seen = 0;
         loop {
-            self.reset_if_stalled(&mut seen)?;
+            self.look_at_the_kernel(&mut seen)?;
             if let Ok(200) = http::status(address, "/healthz", Duration::from_secs(5)) {
                 return Ok(());
             }
@@ -120,10 +120,16 @@ impl Running {
         }
     }
 
-    /// Emulation only: QEMU now and then loses a timer of a processor at boot (seen with 10.0.13), and the kernel waits for it
-    /// for ever. It says so; then the machine is reset, before anything of ours has started. `seen` is how much of the
-    /// console was looked at.
-    fn reset_if_stalled(&mut self, seen: &mut usize) -> Result<()> {
+    /// Tells of a kernel that gave up, which restarts by itself (`panic=` on its command line), and helps one that stalls.
+    /// `seen` is how much of the console was looked at.
+    ///
+    /// The stall is emulation's only: QEMU now and then loses a timer of a processor at boot (seen with 10.0.13), and the kernel
+    /// waits for it for ever. It says so; then the machine is reset, before anything of ours has started.
+    fn look_at_the_kernel(&mut self, seen: &mut usize) -> Result<()> {
+        if let Some(report) = self.console.panic(*seen, 60) {
+            *seen = self.console.text().len();
+            eprintln!("  the appliance's kernel gave up; it restarts:\n{report}");
+        }
         if self.accelerator() != Accelerator::Tcg {
             return Ok(());
         }

@@ -40,13 +40,22 @@ impl Fixture {
 
     /// Boots the disk as it is.
     pub fn start(&self, change: impl FnOnce(Appliance) -> Appliance) -> Result<()> {
-        let started = Instant::now();
         let appliance = Appliance::in_directory(&self.directory)?
             .credential("pandastack.api_token", TOKEN)
             .credential("pandastack.preview_suffix", PREVIEW_SUFFIX)
             .credential("pandastack.registries", format!("{REGISTRY} insecure"));
-        let mut running = change(appliance).boot()?;
+        let running = change(appliance).boot()?;
         eprintln!("booting, {:?} ({})", running.accelerator(), running.choice.because);
+        // Let go of when it does not come up.
+        *self.lock() = Some(running);
+        self.wait_for_boot().inspect_err(|_| drop(self.lock().take()))
+    }
+
+    /// Waits until the API and SSH of an appliance that boots answer.
+    pub fn wait_for_boot(&self) -> Result<()> {
+        let started = Instant::now();
+        let mut guard = self.lock();
+        let running = guard.as_mut().context("the appliance is off")?;
         let mut said = 0;
         running.wait_healthy_with(Duration::from_secs(300), |passed, line| {
             if passed.as_secs() / 10 > said {
@@ -56,8 +65,13 @@ impl Fixture {
         })?;
         running.wait_ssh(Duration::from_secs(60))?;
         eprintln!("  the API answers after {:.0} s", started.elapsed().as_secs_f64());
-        *self.lock() = Some(running);
         Ok(())
+    }
+
+    /// Waits until the kernel of the running appliance has given up.
+    pub fn wait_for_panic(&self) -> Result<()> {
+        let console = self.lock().as_ref().context("the appliance is off")?.console.clone();
+        console.wait_for("---[ end Kernel panic", Duration::from_secs(60))
     }
 
     fn lock(&self) -> MutexGuard<'_, Option<Running>> {

@@ -44,8 +44,10 @@ pub fn every_unit_is_up(fixture: &Fixture) -> Result<()> {
             down.push(format!("{unit} is {}", state.trim()));
         }
     }
+    let restart = fixture.ssh("cat /proc/sys/kernel/panic")?;
 
     ensure!(failed.trim().is_empty(), "{failed}");
+    ensure!(restart.trim() == "10", "a kernel that gives up does not restart: {restart:?}");
     ensure!(down.is_empty(), "{}", down.join("; "));
     Ok(())
 }
