@@ -379,7 +379,8 @@ impl<B: VmmBackend> Vmm<B> {
     }
 
     /// A connected stream to the guest's agent, nothing spoken on it yet. Counts as activity. A hibernated sandbox is woken
-    /// first if `wake` says so, once for however many callers; otherwise, and while it is paused, `WrongState`.
+    /// first if `wake` says so, once for however many callers; otherwise, and while it is paused, `WrongState`. One that is
+    /// booted again after its machine was lost is waited for, `NotReady` after 20 seconds.
     async fn open_agent(&self, id: String, wake: bool) -> Result<OwnedFd> {
         Ok(self.0.open_agent(id, wake).await?.into())
     }

@@ -2,7 +2,7 @@
 //!
 //! Owns: nothing. Refuses to know: how.
 
-use std::{os::fd::OwnedFd, sync::Arc};
+use std::{os::fd::OwnedFd, sync::Arc, time::Duration};
 
 use pandastack_bus::{
     Error, Result, SandboxId,
@@ -13,6 +13,8 @@ use pandastack_bus::{
         Series, State as Public, VmmBackend, unknown_sandbox,
     },
 };
+
+use tokio::time::timeout;
 
 use crate::{
     console::{self, Wanted},
@@ -29,6 +31,9 @@ const TTL_LIMIT: u64 = 100 * 366 * 86400;
 const LABELS: usize = 128;
 const LABEL_KEY: usize = 64;
 const LABEL_VALUE: usize = 256;
+
+/// How long a request waits for a sandbox that is booted again. Below the time that the bus waits for a reply.
+const RECOVERY: Duration = Duration::from_secs(20);
 
 /// The manager, as the bus sees it.
 #[derive(Debug)]
@@ -124,9 +129,17 @@ impl<W: World> VmmBackend for Backend<W> {
     async fn open_agent(&self, id: String, wake: bool) -> Result<OwnedFd> {
         let sandbox = self.0.sandbox(&id)?;
         sandbox.touch(self.0.now_ms());
-        if !matches!(sandbox.record().state, State::Running | State::Creating | State::Recovering) {
+        match sandbox.record().state {
+            State::Running | State::Creating => {}
+            // Also between two attempts, when nothing is being done to it.
+            State::Recovering => {
+                let back = sandbox.until(|state| state != State::Recovering);
+                if timeout(RECOVERY, back).await.is_err() {
+                    return Err(Error::NotReady("the sandbox is being booted again; try again soon".into()));
+                }
+            }
             // On its way to somewhere: what counts is where it gets to.
-            sandbox.settled().await;
+            _ => sandbox.settled().await,
         }
         if wake && sandbox.record().state == State::Hibernated {
             self.told(&sandbox, self.0.wake(&sandbox).await)?;

@@ -40,7 +40,7 @@ pub struct Sandbox {
     /// Whoever holds it, and nobody else, changes the sandbox.
     actor: Arc<tokio::sync::Mutex<()>>,
     /// What is true now; changed only by the actor.
-    record: Mutex<Arc<Record>>,
+    record: watch::Sender<Arc<Record>>,
     /// Milliseconds on the daemon's clock of the last use.
     touched: AtomicU64,
     /// Why the work under way shall end; set once.
@@ -63,7 +63,7 @@ impl Sandbox {
         Self {
             id: record.id.clone(),
             actor: Arc::default(),
-            record: Mutex::new(Arc::new(record)),
+            record: watch::Sender::new(Arc::new(record)),
             touched: AtomicU64::new(now_ms),
             abort: watch::Sender::new(None),
             process: Mutex::new(None),
@@ -76,12 +76,18 @@ impl Sandbox {
 
     /// What is true now.
     pub fn record(&self) -> Arc<Record> {
-        Arc::clone(&self.record.lock().unwrap_or_else(PoisonError::into_inner))
+        Arc::clone(&self.record.borrow())
     }
 
     /// Makes known what is true now. Only for whoever has the turn.
     pub fn publish(&self, record: &Record) {
-        *self.record.lock().unwrap_or_else(PoisonError::into_inner) = Arc::new(record.clone());
+        self.record.send_replace(Arc::new(record.clone()));
+    }
+
+    /// Completes when it is in a state that `holds`; it may be in another one by then.
+    pub async fn until(&self, holds: impl Fn(State) -> bool) {
+        // Its sender is `self`: it cannot be gone.
+        let _ = self.record.subscribe().wait_for(|record| holds(record.state)).await;
     }
 
     /// It was used at this time of the daemon's clock.

@@ -289,6 +289,33 @@ async fn slots_are_refilled_behind_and_used_first() {
 }
 
 #[tokio::test]
+async fn a_request_waits_for_a_sandbox_that_is_booted_again() {
+    let (world, directory) = (Fake::new(), tempfile::tempdir().unwrap());
+    let (daemon, _told) = open(&world, directory.path());
+    let kept = Backend(Arc::clone(&daemon)).create(String::new(), spec(true)).await.unwrap().id;
+    drop(daemon);
+    world.cut_power();
+    world.slow.store(true, Ordering::Relaxed);
+    let daemon = reopened(&world, directory.path()).await;
+    let backend = Backend(Arc::clone(&daemon));
+
+    let boots = async {
+        for action in daemon.reconcile().await.unwrap() {
+            daemon.carry_out(action).await;
+        }
+    };
+    let asks = async {
+        eventually("it is on its way", || daemon.info(&kept).unwrap().state == State::Creating).await;
+        backend.open_agent(kept.clone(), true).await
+    };
+    let (answer, ()) = tokio::join!(asks, boots);
+
+    assert!(answer.is_ok(), "{answer:?}");
+    assert_eq!(daemon.info(&kept).unwrap().state, State::Running);
+    clean(&world);
+}
+
+#[tokio::test]
 async fn a_persistent_sandbox_is_booted_again_with_its_name() {
     let (world, directory) = (Fake::new(), tempfile::tempdir().unwrap());
     let (daemon, _told) = open(&world, directory.path());
