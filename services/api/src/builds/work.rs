@@ -43,8 +43,8 @@ const LOOK: Duration = Duration::from_secs(1);
 const PAUSE: Duration = Duration::from_secs(5);
 /// The exit code that says that the tenant's input was wrong.
 const WRONG_INPUT: i32 = 65;
-/// The volume that becomes the template.
-const TARGET: &str = "target";
+/// How long what an earlier run of this daemon asked for may still come: a create goes on without whoever asked.
+const STRAGGLERS: Duration = Duration::from_secs(60);
 
 /// A build under way.
 #[derive(Debug)]
@@ -54,6 +54,9 @@ pub struct Work {
     /// Opened when the first line goes into it: to clean up, none is needed.
     log: Option<Writer>,
     sandbox: String,
+    /// Part of its volumes' names: a create that an earlier run of this daemon asked for, and that only now gets its turn, must
+    /// not find them.
+    round: String,
 }
 
 /// The volumes of a build, and what they are.
@@ -90,11 +93,19 @@ pub async fn bases(app: &App, workspace: &str, text: &str) -> Result<Vec<(String
 impl Work {
     /// A build that is to go on.
     pub fn new(app: &Arc<App>, id: &str) -> Self {
-        Self { app: Arc::clone(app), id: id.to_owned(), log: None, sandbox: String::new() }
+        let mut round = [0; 4];
+        getrandom::fill(&mut round).expect("the kernel's random generator answers");
+        let round = format!("{:08x}", u32::from_be_bytes(round));
+        Self { app: Arc::clone(app), id: id.to_owned(), log: None, sandbox: String::new(), round }
     }
 
     fn builds(&self) -> &Builds {
         &self.app.builds
+    }
+
+    /// The volume that becomes the template.
+    fn target(&self) -> String {
+        format!("target-{}", self.round)
     }
 
     /// A line in the log.
@@ -141,20 +152,20 @@ impl Work {
             bases(&self.app, &build.workspace, text).await.map_err(|problem| Fault::Why(problem.message))?;
         let last = dockerfile::bases(text).last;
         let first = bases.iter().find(|(name, _)| Some(name) == last.as_ref());
-        let (workspace, size) = (BUILDS.to_owned(), build.size_mib);
+        let (workspace, target, size) = (BUILDS.to_owned(), self.target(), build.size_mib);
         let made = match first {
             Some((_, info)) => {
                 let template = info.name.clone();
-                again(|| storage.clone_template(template.clone(), workspace.clone(), TARGET.into(), size))
+                again(|| storage.clone_template(template.clone(), workspace.clone(), target.clone(), size))
                     .await
             }
-            None => again(|| storage.create_volume(workspace.clone(), TARGET.into(), size)).await,
+            None => again(|| storage.create_volume(workspace.clone(), target.clone(), size)).await,
         };
         made?;
         let mut ground = Ground { target_is: first.map(|(name, _)| name.clone()), ..Ground::default() };
-        ground.uses.push(VolumeUse { name: TARGET.into(), read_only: false });
+        ground.uses.push(VolumeUse { name: target, read_only: false });
         for (number, (name, info)) in bases.iter().enumerate() {
-            let volume = format!("from{number}");
+            let volume = format!("from{number}-{}", self.round);
             let template = info.name.clone();
             again(|| storage.clone_template(template.clone(), workspace.clone(), volume.clone(), 0)).await?;
             ground.uses.push(VolumeUse { name: volume.clone(), read_only: true });
@@ -247,7 +258,7 @@ impl Work {
         let templates: BTreeMap<_, _> =
             ground.templates.iter().map(|(name, drive)| (name, volume(drive))).collect();
         let mut request = json!({
-            "kind": kind, "source": source, "target": volume(TARGET), "target_is": ground.target_is,
+            "kind": kind, "source": source, "target": volume(&self.target()), "target_is": ground.target_is,
             "templates": templates, "template_env": ground.envs, "seconds": PROGRAM.as_secs(),
         });
         if build.kind == Kind::Dockerfile {
@@ -298,7 +309,7 @@ impl Work {
     /// # Errors
     /// What stopped it.
     pub async fn adopt(&mut self, build: &Build) -> Result<(), Fault> {
-        let target = format!("{}/{TARGET}", self.builds().workshop.mounts);
+        let target = format!("{}/{}", self.builds().workshop.mounts, self.target());
         // Written out in place: whoever mounts it read-only cannot replay its journal.
         let script = r#"if grep -q " $0 " /proc/self/mounts; then umount "$0"; fi"#;
         let unmounted = self.inside().run(&["/bin/sh", "-c", script, &target], SHORT, None).await?;
@@ -317,7 +328,8 @@ impl Work {
             env: build.env.clone(),
             workdir: build.workdir.clone(),
         };
-        again(|| self.app.storage.adopt_template(BUILDS.into(), TARGET.into(), spec.clone())).await?;
+        let volume = self.target();
+        again(|| self.app.storage.adopt_template(BUILDS.into(), volume.clone(), spec.clone())).await?;
         self.remove_ground().await
     }
 
@@ -386,8 +398,22 @@ impl Work {
         Ok(())
     }
 
-    /// Machines first: they hold the volumes.
+    /// Until nothing is there: a create that an earlier run of this daemon asked for may take the volumes only now.
     async fn remove_ground(&self) -> Result<(), Fault> {
+        let until = Instant::now() + STRAGGLERS;
+        loop {
+            match self.remove_once().await {
+                Err(Error::WrongState(why)) if Instant::now() < until => {
+                    tracing::info!(build = self.id, "not removed yet: {why}");
+                    sleep(LOOK).await;
+                }
+                done => return Ok(done?),
+            }
+        }
+    }
+
+    /// Machines first: they hold the volumes.
+    async fn remove_once(&self) -> Result<(), Error> {
         for info in again(|| self.app.vmm.list(BUILDS.into())).await? {
             again(|| self.app.vmm.delete(info.id.clone())).await?;
             self.app.forget(&info.id);
