@@ -173,7 +173,9 @@ fn machines(picture: &Picture) -> BTreeSet<String> {
     for (id, sandbox) in &picture.sandboxes {
         match sandbox.state.as_str() {
             "hibernated" => {}
-            "running" | "paused" if !sandbox.machine.is_empty() => drop(ids.insert(sandbox.machine.clone())),
+            "running" | "paused" | "failed" if !sandbox.machine.is_empty() => {
+                ids.insert(sandbox.machine.clone());
+            }
             _ => {
                 ids.insert(id.clone());
                 ids.insert(sandbox.machine.clone());
@@ -294,6 +296,18 @@ mod tests {
         let picture = read(&text()).expect("the text is whole");
 
         assert_eq!(wrong(&picture), Vec::<String>::new());
+    }
+
+    #[test]
+    fn a_failed_one_keeps_the_disk_that_it_moved_to() {
+        let text = text()
+            .replace(&format!("unit {MACHINE} active\n"), "")
+            .replace("\"running\"", "\"failed\"")
+            .replace(&format!("address {MACHINE}\nlink {0}\nrule {0}\n", &MACHINE[..12]), "");
+
+        assert_eq!(wrong(&read(&text).expect("the text is whole")), Vec::<String>::new());
+        let stranger = text.replace(&format!("directory {MACHINE}"), &format!("directory {AWAKE}"));
+        assert_ne!(wrong(&read(&stranger).expect("the text is whole")), Vec::<String>::new());
     }
 
     #[test]

@@ -283,7 +283,7 @@ impl Record {
             snapshot: sandbox.spec.snapshot.clone(),
             parent: sandbox.forked.as_ref().map(|forked| forked.parent.clone()).unwrap_or_default(),
             machine: match state {
-                vmm::State::Hibernated | vmm::State::Failed => String::new(),
+                vmm::State::Hibernated => String::new(),
                 _ => self.machine().to_string(),
             },
             mounts: sandbox.mounts().map(Mounted::public).collect(),

@@ -133,14 +133,9 @@ async fn check(world: &Arc<Fake>, daemon: &Daemon, promises: &Promises, power: b
     }
     assert!(promises.gone.iter().all(|id| !listed.contains_key(id)), "{at}: one that was deleted is back");
     let machines: BTreeSet<_> = listed.values().map(|info| info.machine.clone()).collect();
-    let failed: BTreeSet<_> =
-        listed.values().filter(|info| info.state == State::Failed).map(|info| info.id.clone()).collect();
     for owner in world.owners() {
-        let whose = machines.contains(&owner)
-            || failed.contains(&owner)
-            // A sandbox that failed after it was woken keeps the disk of the slot it moved into.
-            || daemon.all().iter().any(|one| one.record().machine().as_str() == owner);
-        assert!(whose, "{at}: {owner} is nobody's machine");
+        let slot = || daemon.all().iter().any(|one| one.record().machine().as_str() == owner);
+        assert!(machines.contains(&owner) || slot(), "{at}: {owner} is nobody's machine");
     }
     let books = world.books.lock().unwrap();
     assert!(books.captures.is_empty(), "{at}: an unfinished capture is left");
