@@ -42,6 +42,7 @@ const TESTS: &[Test] = &[
     ("systemctl_and_journalctl_show_a_sandbox", operator::systemctl_and_journalctl_show_a_sandbox),
     ("two_instances_have_different_users", operator::two_instances_have_different_users),
     ("vmm_may_manage_nothing_but_sandboxes", operator::vmm_may_manage_nothing_but_sandboxes),
+    ("edge_reaches_ports_and_nothing_else", operator::edge_reaches_ports_and_nothing_else),
     ("python_client", clients::python),
     ("typescript_client", clients::typescript),
     ("the_compatibility_document_is_that_of_the_run", clients::compatibility),

@@ -264,3 +264,32 @@ pub fn vmm_may_manage_nothing_but_sandboxes(fixture: &Fixture) -> Result<()> {
     ensure!(!others.contains("allowed"), "network may call vmm");
     Ok(())
 }
+
+/// The service that faces strangers reaches what programs serve, and no agent.
+pub fn edge_reaches_ports_and_nothing_else(fixture: &Fixture) -> Result<()> {
+    let api = fixture.api()?;
+    let id = api.create_base()?;
+    api.exec(&id, "(python3 -m http.server 8000 >/dev/null 2>&1 &) ; for i in $(seq 60); do curl -s -o /dev/null localhost:8000 && break; sleep 0.5; done")?;
+    let ask = |wish: &str| {
+        fixture.try_ssh(&format!(
+            "setpriv --reuid=pandastack-edge --regid=pandastack-edge --clear-groups busctl call ai.pandastack.vmm1 /ai/pandastack/vmm1 ai.pandastack.vmm1.Manager {wish}"
+        ))
+    };
+
+    let (port, said) = ask(&format!("OpenPort sqb {id} 8000 false"))?;
+    let mut allowed = Vec::new();
+    for wish in
+        ["OpenAgent sb ID true", "OpenConsole sutb ID 9 0 false", "List s ''", "Delete s ID", "Capacity"]
+    {
+        let (code, said) = ask(&wish.replace("ID", &id))?;
+        ensure!(code == 0 || said.contains("Access denied"), "{wish}: {said}");
+        if code == 0 {
+            allowed.push(wish);
+        }
+    }
+
+    ensure!(port == 0, "a port: {said}");
+    ensure!(allowed.is_empty(), "edge may: {allowed:?}");
+    ensure!(api.delete(&id)?.status == 204, "not deleted");
+    Ok(())
+}

@@ -150,6 +150,7 @@ impl Problem {
             BusError::BeyondQuota(_) => Self::new(StatusCode::TOO_MANY_REQUESTS, "quota", text),
             BusError::NoSpace(_) => Self::new(StatusCode::INSUFFICIENT_STORAGE, "no_space", text),
             BusError::NotReady(_) => Self::unavailable("not_ready", text),
+            BusError::Refused(_) => Self::new(StatusCode::BAD_GATEWAY, "refused", text),
             BusError::GuestUnreachable(_) if effect == Effect::None => {
                 Self::unavailable("guest_unreachable", untimed(&text))
             }

@@ -31,6 +31,8 @@ pub enum Error {
     NotReady(String),
     /// The guest does not answer.
     GuestUnreachable(String),
+    /// The guest answers, and says no: nothing listens on that port. Nothing changed.
+    Refused(String),
     /// It took too long and was given up; what was half done has been undone.
     Timeout(String),
     /// Our own fault, logged where it happened.
@@ -55,6 +57,7 @@ impl Error {
             | Self::NoSpace(text)
             | Self::NotReady(text)
             | Self::GuestUnreachable(text)
+            | Self::Refused(text)
             | Self::Timeout(text)
             | Self::Internal(text) => text.clone(),
         }

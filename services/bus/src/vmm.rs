@@ -146,7 +146,8 @@ pub struct SandboxInfo {
     pub snapshot: String,
     /// Sandbox that it was forked from; empty otherwise.
     pub parent: String,
-    /// Unit instance that runs it: its own id until it is woken for the first time. Empty while none does.
+    /// Unit instance that runs it, and directory of its disk: its own id until it is woken for the first time. Of a failed
+    /// sandbox, those it had. Empty while it is hibernated.
     pub machine: String,
     /// Volumes it has.
     pub mounts: Vec<Mount>,
@@ -268,6 +269,13 @@ pub trait VmmBackend: Send + Sync + 'static {
     /// See [`Vmm`].
     fn open_agent(&self, id: String, wake: bool) -> impl Future<Output = Result<StdFd>> + Send;
     /// See [`Vmm`].
+    fn open_port(
+        &self,
+        id: String,
+        port: u16,
+        wake: bool,
+    ) -> impl Future<Output = Result<(StdFd, Vec<u8>)>> + Send;
+    /// See [`Vmm`].
     fn open_console(
         &self,
         id: String,
@@ -383,6 +391,13 @@ impl<B: VmmBackend> Vmm<B> {
     /// booted again after its machine was lost is waited for, `NotReady` after 20 seconds.
     async fn open_agent(&self, id: String, wake: bool) -> Result<OwnedFd> {
         Ok(self.0.open_agent(id, wake).await?.into())
+    }
+
+    /// A stream to what listens on a TCP port of the guest (its loopback or its own address), and what that said first.
+    /// Otherwise as `OpenAgent`; `Refused` when nothing listens there.
+    async fn open_port(&self, id: String, port: u16, wake: bool) -> Result<(OwnedFd, Vec<u8>)> {
+        let (stream, first) = self.0.open_port(id, port, wake).await?;
+        Ok((stream.into(), first))
     }
 
     /// The serial console of a sandbox as text to be read from a pipe: the last so many lines, not older than `since` (Unix

@@ -61,6 +61,14 @@ impl vmm::VmmBackend for Nobody {
     fn open_agent(&self, _: String, _: bool) -> impl Future<Output = Result<OwnedFd>> + Send {
         no()
     }
+    fn open_port(
+        &self,
+        _: String,
+        _: u16,
+        _: bool,
+    ) -> impl Future<Output = Result<(OwnedFd, Vec<u8>)>> + Send {
+        no()
+    }
     fn open_console(
         &self,
         _: String,

@@ -1,17 +1,15 @@
-//! The way to a port of a guest: vmm opens the agent, the agent connects.
+//! The way to a port of a guest: vmm asks the agent, the agent connects.
 //!
 //! Owns: that a hibernated sandbox is woken and the request waits for it, for a bounded time. Nothing of the request is sent
 //! before the program behind the port has accepted, so every failure here may be tried again by whoever asked.
 
 use std::{io::Cursor, os::unix::net::UnixStream as StdUnixStream, time::Duration};
 
-use bytes::BytesMut;
 use pandastack_bus::{
     Error as BusError,
     vmm::{SandboxInfo, State, VmmProxy},
 };
 use pandastack_daemon::retry::{again, never_sent};
-use pandastack_protocol::{Client, ClientError, Code};
 use tokio::{
     io::{AsyncReadExt, Chain, Join, join},
     net::{
@@ -24,9 +22,6 @@ use crate::refusal::Refusal;
 
 /// How long all of it may take, waking included.
 pub const CONNECT: Duration = Duration::from_secs(60);
-const GREETING: Duration = Duration::from_secs(5);
-/// How long the agent may take to connect: it tries three addresses, five seconds each at most.
-const FORWARD: Duration = Duration::from_secs(16);
 /// How often a guest that does not answer is tried: a capture resets every connection.
 const ATTEMPTS: usize = 4;
 const PAUSE: Duration = Duration::from_millis(150);
@@ -34,7 +29,7 @@ const PAUSE: Duration = Duration::from_millis(150);
 const LOOPBACK: &str = "127.0.0.1";
 
 /// Bytes to and from a port.
-pub type PortStream = Join<Chain<Cursor<BytesMut>, OwnedReadHalf>, OwnedWriteHalf>;
+pub type PortStream = Join<Chain<Cursor<Vec<u8>>, OwnedReadHalf>, OwnedWriteHalf>;
 
 /// A connection to a port.
 #[derive(Debug)]
@@ -102,35 +97,19 @@ impl Dialer {
     }
 
     async fn attempt(&self, id: &str, port: u16) -> Result<PortStream, Attempt> {
-        let fd = match again(|| self.vmm.open_agent(id.to_owned(), true)).await {
-            Ok(fd) => fd,
+        let (fd, first) = match again(|| self.vmm.open_port(id.to_owned(), port, true)).await {
+            Ok(opened) => opened,
+            Err(BusError::Refused(message)) => return Err(Attempt::Over(Refusal::upstream(&message))),
             Err(error) => return Err(self.not_opened(id, &error).await),
         };
-        let unreachable = |error: &dyn std::fmt::Display| {
-            tracing::debug!(sandbox = id, %error, "no connection to a guest");
-            Attempt::Again(Refusal::unavailable("guest_unreachable", "the guest does not answer"))
-        };
         let stream = StdUnixStream::from(std::os::fd::OwnedFd::from(fd));
-        let stream = stream
-            .set_nonblocking(true)
-            .and_then(|()| UnixStream::from_std(stream))
-            .map_err(|error| unreachable(&error))?;
-        let mut nonce = [0u8; 8];
-        getrandom::fill(&mut nonce).expect("the kernel's random generator answers");
-        let client = Client::greet(stream, u64::from_le_bytes(nonce), GREETING)
-            .await
-            .map_err(|error| unreachable(&error))?;
-        match client.forward(port, FORWARD).await {
-            Ok((stream, first)) => {
-                let (read, write) = stream.into_split();
-                Ok(join(Cursor::new(first).chain(read), write))
-            }
-            Err(ClientError::Guest(failure)) if failure.code == Code::Refused => {
-                Err(Attempt::Over(Refusal::upstream(&format!("nothing listens on port {port}"))))
-            }
-            Err(ClientError::Guest(failure)) => Err(Attempt::Over(Refusal::upstream(&failure.message))),
-            Err(error) => Err(unreachable(&error)),
-        }
+        let stream =
+            stream.set_nonblocking(true).and_then(|()| UnixStream::from_std(stream)).map_err(|error| {
+                tracing::error!(sandbox = id, %error, "a stream into a guest cannot be used");
+                Attempt::Over(not_ready())
+            })?;
+        let (read, write) = stream.into_split();
+        Ok(join(Cursor::new(first).chain(read), write))
     }
 
     /// Why vmm opened nothing. A look at the state, as rarely as that happens.

@@ -11,7 +11,7 @@ use std::{
 
 use pandastack_bus::{Error, Result, SandboxId};
 use pandastack_protocol::{
-    Client, ClientError, Defaults, Exec, ExecEvent, Identity, Mount, PORT, Request, Sessions, Unique,
+    Client, ClientError, Code, Defaults, Exec, ExecEvent, Identity, Mount, PORT, Request, Sessions, Unique,
 };
 use serde::de::IgnoredAny;
 use tokio::{
@@ -39,6 +39,9 @@ const SHORT: Duration = Duration::from_secs(10);
 const DISK: Duration = Duration::from_secs(60);
 /// A template's warm-up command; importing a whole data stack under emulation takes minutes.
 const WARM_UP: Duration = Duration::from_secs(900);
+/// A greeting and a connection within the guest, which tries three addresses, five seconds each at most; less than the bus
+/// waits for a reply.
+const FORWARD: Duration = Duration::from_secs(22);
 /// Longest `OK <port>` line.
 const LINE: usize = 32;
 
@@ -178,13 +181,38 @@ impl Guest for Agents {
     }
 
     async fn open(&self, id: &SandboxId) -> Result<OwnedFd> {
+        handed_out(self.settled(id).await?)
+    }
+
+    async fn forward(&self, id: &SandboxId, port: u16) -> Result<(OwnedFd, Vec<u8>)> {
+        let connect = async {
+            let stream = self.settled(id).await?;
+            let client =
+                Client::greet(stream, random_u64(), FORWARD).await.map_err(|error| unreachable(&error))?;
+            match client.forward(port, FORWARD).await {
+                Ok((stream, first)) => Ok((handed_out(stream)?, first.to_vec())),
+                Err(ClientError::Guest(failure)) if failure.code == Code::Refused => {
+                    Err(Error::Refused(format!("nothing listens on port {port}")))
+                }
+                Err(ClientError::Guest(failure)) => Err(Error::Refused(failure.message)),
+                Err(error) => Err(unreachable(&error)),
+            }
+        };
+        timeout(FORWARD, connect)
+            .await
+            .unwrap_or_else(|_| Err(Error::GuestUnreachable("the guest does not answer".into())))
+    }
+}
+
+impl Agents {
+    /// As [`Self::dial`], for a guest that may have been captured or restored just now: it still has to notice that its old
+    /// connections are gone, and refuses new ones meanwhile. Nothing was asked of it yet.
+    async fn settled(&self, id: &SandboxId) -> Result<UnixStream> {
         let deadline = Instant::now() + SHORT;
         let settled = Instant::now() + SETTLING;
-        let stream = loop {
+        loop {
             match timeout_at(deadline, self.dial(id)).await.unwrap_or(Err(io::ErrorKind::TimedOut.into())) {
-                Ok(stream) => break stream,
-                // A guest that was just captured or restored still has to notice that its old connections are gone, and
-                // refuses new ones meanwhile. Nothing was asked of it yet.
+                Ok(stream) => return Ok(stream),
                 Err(error) if error.kind() == io::ErrorKind::ConnectionReset && Instant::now() < settled => {
                     sleep(REDIAL).await;
                 }
@@ -192,12 +220,9 @@ impl Guest for Agents {
                     return Err(Error::GuestUnreachable(format!("the guest cannot be reached: {error}")));
                 }
             }
-        };
-        Ok(stream.into_std().map_err(|error| Error::Internal(error.to_string()))?.into())
+        }
     }
-}
 
-impl Agents {
     /// Runs a shell command to its end; its failure is ours, with the last of its output.
     async fn run(&self, id: &SandboxId, command: &str) -> Result<()> {
         let client = self.greet(id, SHORT).await.map_err(|error| unreachable(&error))?;
@@ -228,6 +253,11 @@ impl Agents {
             }
         }
     }
+}
+
+/// Without the runtime that dialled it.
+fn handed_out(stream: UnixStream) -> Result<OwnedFd> {
+    Ok(stream.into_std().map_err(|error| Error::Internal(error.to_string()))?.into())
 }
 
 fn identity(id: &SandboxId, identification: &Identification) -> Identity {

@@ -1,4 +1,8 @@
-use tokio::net::UnixListener;
+use std::sync::Arc;
+
+use guest_init::agent::{Agent, machine::Machine, serve};
+use pandastack_protocol::Failure;
+use tokio::net::{TcpListener, UnixListener};
 
 use super::*;
 use crate::socket::Sockets;
@@ -17,6 +21,27 @@ fn place() -> Place {
 
 fn nobody() -> Identification {
     Identification { machine_id: None, env: Default::default(), workdir: "/srv".into() }
+}
+
+struct NoMachine;
+
+impl Machine for NoMachine {
+    fn identify(&self, _: &Identity) -> std::result::Result<(), Failure> {
+        Ok(())
+    }
+    fn grow_root(&self) -> std::result::Result<(), Failure> {
+        Ok(())
+    }
+    fn shut_down(&self) -> std::result::Result<(), Failure> {
+        Ok(())
+    }
+    fn mount(&self, _: &[Mount]) -> std::result::Result<(), Failure> {
+        Ok(())
+    }
+    fn remember_defaults(&self, _: &Defaults) {}
+    fn remembered_defaults(&self) -> Defaults {
+        Defaults::default()
+    }
 }
 
 /// Reads `CONNECT 52\n`.
@@ -59,6 +84,35 @@ async fn a_guest_that_speaks_first_or_never_ends_its_line_is_refused() {
 
         assert!(matches!(stream, Err(Error::GuestUnreachable(_))), "{said:?}");
     }
+}
+
+#[tokio::test]
+async fn a_port_is_reached_through_the_agent_and_refused_when_nothing_listens() {
+    let (_root, agents, id, listener) = place();
+    let program = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let port = program.local_addr().unwrap().port();
+    tokio::spawn(async move {
+        let agent = Agent::new(NoMachine, None);
+        loop {
+            let mut stream = connected(&listener).await;
+            stream.write_all(b"OK 1\n").await.unwrap();
+            tokio::spawn(serve(stream, Arc::clone(&agent)));
+        }
+    });
+
+    let (opened, accepted) = tokio::join!(agents.forward(&id, port), program.accept());
+    let (stream, first) = opened.unwrap();
+    let mut near = UnixStream::from_std(std::os::unix::net::UnixStream::from(stream)).unwrap();
+    let mut far = accepted.unwrap().0;
+    far.write_all(b"220 ready").await.unwrap();
+    let mut said = vec![0; 9 - first.len()];
+    near.read_exact(&mut said).await.unwrap();
+    near.write_u8(b'?').await.unwrap();
+
+    assert_eq!([first, said].concat(), b"220 ready");
+    assert_eq!(far.read_u8().await.unwrap(), b'?');
+    drop(program);
+    assert!(matches!(agents.forward(&id, port).await, Err(Error::Refused(_))));
 }
 
 #[tokio::test]

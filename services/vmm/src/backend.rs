@@ -127,31 +127,14 @@ impl<W: World> VmmBackend for Backend<W> {
     }
 
     async fn open_agent(&self, id: String, wake: bool) -> Result<OwnedFd> {
-        let sandbox = self.0.sandbox(&id)?;
-        sandbox.touch(self.0.now_ms());
-        match sandbox.record().state {
-            State::Running | State::Creating => {}
-            // Also between two attempts, when nothing is being done to it.
-            State::Recovering => {
-                let back = sandbox.until(|state| state != State::Recovering);
-                if timeout(RECOVERY, back).await.is_err() {
-                    return Err(Error::NotReady("the sandbox is being booted again; try again soon".into()));
-                }
-            }
-            // On its way to somewhere: what counts is where it gets to.
-            _ => sandbox.settled().await,
+        self.0.world.guest().open(&self.reachable(&id, wake).await?).await
+    }
+
+    async fn open_port(&self, id: String, port: u16, wake: bool) -> Result<(OwnedFd, Vec<u8>)> {
+        if port == 0 {
+            return Err(Error::InvalidArgument("a port is 1 to 65535".into()));
         }
-        if wake && sandbox.record().state == State::Hibernated {
-            self.told(&sandbox, self.0.wake(&sandbox).await)?;
-        }
-        let record = sandbox.record();
-        match (record.state, record.public_state()) {
-            (State::Running, _) => self.0.world.guest().open(record.machine()).await,
-            (_, Some(state)) => {
-                Err(Error::WrongState(format!("the sandbox is {}, not running", state.as_str())))
-            }
-            (_, None) => Err(unknown_sandbox(&id)),
-        }
+        self.0.world.guest().forward(&self.reachable(&id, wake).await?, port).await
     }
 
     async fn open_console(&self, id: String, lines: u32, since: u64, follow: bool) -> Result<OwnedFd> {
@@ -245,6 +228,36 @@ impl<W: World> VmmBackend for Backend<W> {
 }
 
 impl<W: World> Backend<W> {
+    /// The machine of a sandbox whose guest takes requests now: on its way there, it is waited for; asleep, it is woken if
+    /// `wake` says so.
+    async fn reachable(&self, id: &str, wake: bool) -> Result<SandboxId> {
+        let sandbox = self.0.sandbox(id)?;
+        sandbox.touch(self.0.now_ms());
+        match sandbox.record().state {
+            State::Running | State::Creating => {}
+            // Also between two attempts, when nothing is being done to it.
+            State::Recovering => {
+                let back = sandbox.until(|state| state != State::Recovering);
+                if timeout(RECOVERY, back).await.is_err() {
+                    return Err(Error::NotReady("the sandbox is being booted again; try again soon".into()));
+                }
+            }
+            // On its way to somewhere: what counts is where it gets to.
+            _ => sandbox.settled().await,
+        }
+        if wake && sandbox.record().state == State::Hibernated {
+            self.told(&sandbox, self.0.wake(&sandbox).await)?;
+        }
+        let record = sandbox.record();
+        match (record.state, record.public_state()) {
+            (State::Running, _) => Ok(record.machine().clone()),
+            (_, Some(state)) => {
+                Err(Error::WrongState(format!("the sandbox is {}, not running", state.as_str())))
+            }
+            (_, None) => Err(unknown_sandbox(id)),
+        }
+    }
+
     async fn order(&self, id: &str, event: Event) -> Result<SandboxInfo> {
         let sandbox = self.0.sandbox(id)?;
         sandbox.touch(self.0.now_ms());

@@ -143,6 +143,8 @@ pub trait Guest: Send + Sync + 'static {
     fn warm_up(&self, id: &SandboxId, command: &str) -> impl Future<Output = Result<()>> + Send;
     /// A connected stream to the agent, nothing spoken on it.
     fn open(&self, id: &SandboxId) -> impl Future<Output = Result<OwnedFd>> + Send;
+    /// A stream to what listens on a TCP port of the guest, and what that said already.
+    fn forward(&self, id: &SandboxId, port: u16) -> impl Future<Output = Result<(OwnedFd, Vec<u8>)>> + Send;
 }
 
 /// All of them.

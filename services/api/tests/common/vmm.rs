@@ -24,10 +24,13 @@ use pandastack_bus::{
     zbus::{self, object_server::SignalEmitter},
 };
 use pandastack_daemon::quotas::lines;
-use pandastack_protocol::{Defaults, Failure, Identity};
+use pandastack_protocol::{Client, ClientError, Defaults, Failure, Identity};
 use tokio::{net::UnixStream, task::JoinHandle};
 
 use super::storage::Shelf;
+
+/// Far longer than anything takes here.
+const PATIENCE: Duration = Duration::from_secs(20);
 
 struct NoMachine;
 
@@ -319,6 +322,18 @@ impl VmmBackend for FakeVmm {
         });
         self.relays.lock().unwrap().entry(id).or_default().push(relay);
         Ok(near.into())
+    }
+
+    async fn open_port(&self, id: String, port: u16, wake: bool) -> Result<(OwnedFd, Vec<u8>)> {
+        let near = StdUnixStream::from(self.open_agent(id, wake).await?);
+        near.set_nonblocking(true).unwrap();
+        let near = UnixStream::from_std(near).unwrap();
+        let client = Client::greet(near, 1, PATIENCE).await.unwrap();
+        match client.forward(port, PATIENCE).await {
+            Ok((stream, first)) => Ok((stream.into_std().unwrap().into(), first.to_vec())),
+            Err(ClientError::Guest(_)) => Err(Error::Refused(format!("nothing listens on port {port}"))),
+            Err(error) => Err(Error::GuestUnreachable(error.to_string())),
+        }
     }
 
     async fn open_console(&self, id: String, lines: u32, since: u64, follow: bool) -> Result<OwnedFd> {

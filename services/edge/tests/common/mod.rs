@@ -36,7 +36,7 @@ use pandastack_edge::{
     router::Router,
     sandboxes::Sandboxes,
 };
-use pandastack_protocol::{Defaults, Failure, Identity, Mount};
+use pandastack_protocol::{Client, ClientError, Defaults, Failure, Identity, Mount};
 use pandastack_proxy::{Proxy, touch::Touch};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -46,6 +46,9 @@ use tokio::{
 
 /// The one sandbox.
 pub const ID: &str = "abcdefghij0123456789";
+
+/// Far longer than anything takes here.
+const PATIENCE: Duration = Duration::from_secs(20);
 
 struct NoMachine;
 
@@ -89,7 +92,7 @@ impl VmmBackend for OneSandbox {
         Ok(())
     }
 
-    async fn open_agent(&self, id: String, wake: bool) -> Result<OwnedFd> {
+    async fn open_port(&self, id: String, port: u16, wake: bool) -> Result<(OwnedFd, Vec<u8>)> {
         let state = self.get(id).await?.state;
         match state {
             State::Running => {}
@@ -99,12 +102,19 @@ impl VmmBackend for OneSandbox {
             }
             state => return Err(Error::WrongState(format!("no agent while {}", state.as_str()))),
         }
-        let (near, far) = StdUnixStream::pair().unwrap();
-        far.set_nonblocking(true).unwrap();
-        let far = UnixStream::from_std(far).unwrap();
+        let (near, far) = UnixStream::pair().unwrap();
         let agent = Arc::clone(&self.agent);
         tokio::spawn(async move { serve(far, agent).await });
-        Ok(near.into())
+        let client = Client::greet(near, 1, PATIENCE).await.unwrap();
+        match client.forward(port, PATIENCE).await {
+            Ok((stream, first)) => Ok((stream.into_std().unwrap().into(), first.to_vec())),
+            Err(ClientError::Guest(_)) => Err(Error::Refused(format!("nothing listens on port {port}"))),
+            Err(error) => Err(Error::GuestUnreachable(error.to_string())),
+        }
+    }
+
+    async fn open_agent(&self, _: String, _: bool) -> Result<OwnedFd> {
+        no().await
     }
 
     async fn create(&self, _: String, _: SandboxSpec) -> Result<SandboxInfo> {

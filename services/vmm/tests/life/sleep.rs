@@ -125,6 +125,23 @@ async fn many_requests_wake_it_once() {
 }
 
 #[tokio::test]
+async fn a_port_is_reached_as_the_agent_is() {
+    let (world, directory) = (Fake::new(), tempfile::tempdir().unwrap());
+    let (daemon, _told) = open(&world, directory.path());
+    let backend = Backend(Arc::clone(&daemon));
+    let id = thinking(&backend, &world, spec(false)).await;
+    backend.hibernate(id.clone()).await.unwrap();
+
+    assert!(matches!(backend.open_port(id.clone(), 0, true).await, Err(Error::InvalidArgument(_))));
+    assert!(matches!(backend.open_port(id.clone(), 80, false).await, Err(Error::WrongState(_))));
+    assert_eq!(backend.open_port(id.clone(), 80, true).await.unwrap().1, b"80");
+    assert_eq!(daemon.info(&id).unwrap().state, State::Running);
+    backend.pause(id.clone()).await.unwrap();
+    assert!(matches!(backend.open_port(id, 80, true).await, Err(Error::WrongState(_))));
+    clean(&world);
+}
+
+#[tokio::test]
 async fn those_who_wait_for_a_wake_share_its_failure() {
     let (world, directory) = (Fake::new(), tempfile::tempdir().unwrap());
     let (daemon, _told) = open(&world, directory.path());
@@ -279,7 +296,7 @@ async fn a_machine_that_dies_as_a_sandbox_moves_in_keeps_its_disk() {
 
     eventually("it is failed", || daemon.info(&id).unwrap().state == State::Failed).await;
     eventually("its network is free", || world.books.lock().unwrap().attachments.is_empty()).await;
-    let machine = daemon.sandbox(&id).unwrap().record().machine().to_string();
+    let machine = daemon.info(&id).unwrap().machine;
     assert!(world.books.lock().unwrap().directories.contains_key(&machine), "the slot took it away");
     assert!(backend.delete(id).await.unwrap());
     assert_eq!(world.owners().len(), 0);
