@@ -92,12 +92,12 @@ impl Console {
 /// How Linux begins to say what is wrong; the rest is its report.
 const COMPLAINTS: [&str; 6] =
     ["BUG: ", "Oops: ", "general protection fault", "divide error", "stack segment", "Kernel panic"];
-/// The last line of a panic.
-const PANIC_ENDS: &str = "---[ end Kernel panic";
+/// The last line of a panic: where the kernel restarts, and where it does not.
+const PANIC_ENDS: [&str; 2] = ["Rebooting in ", "---[ end Kernel panic"];
 
 fn panic_in(text: &str, most: usize) -> Option<String> {
     let lines: Vec<&str> = text.lines().collect();
-    let end = lines.iter().position(|line| line.contains(PANIC_ENDS))?;
+    let end = lines.iter().position(|line| PANIC_ENDS.iter().any(|end| line.contains(end)))?;
     let start = lines[..=end]
         .iter()
         .position(|line| COMPLAINTS.iter().any(|complaint| line.contains(complaint)))
@@ -147,13 +147,13 @@ mod tests {
     #[test]
     fn a_panic_is_told_from_its_first_complaint() {
         let report = "fine\n[5.1] BUG: unable to handle page fault\n[5.2] RIP: here\n[5.3] Kernel panic - not syncing: Fatal exception in interrupt\n";
-        let whole = format!(
-            "{report}[5.4] ---[ end Kernel panic - not syncing: Fatal exception in interrupt ]---\nafter\n"
-        );
-
         assert_eq!(panic_in(report, 9), None, "not printed to its end yet");
-        assert_eq!(panic_in(&whole, 9).map(|told| told.lines().count()), Some(4));
-        assert_eq!(panic_in(&whole, 1).as_deref(), Some("[5.1] BUG: unable to handle page fault"));
+        for end in ["Rebooting in 10 seconds..", "---[ end Kernel panic - not syncing: Fatal exception ]---"]
+        {
+            let whole = format!("{report}[5.4] {end}\nafter\n");
+            assert_eq!(panic_in(&whole, 9).map(|told| told.lines().count()), Some(4));
+            assert_eq!(panic_in(&whole, 1).as_deref(), Some("[5.1] BUG: unable to handle page fault"));
+        }
     }
 
     #[test]

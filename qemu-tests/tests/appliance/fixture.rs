@@ -71,7 +71,7 @@ impl Fixture {
     /// Waits until the kernel of the running appliance has given up.
     pub fn wait_for_panic(&self) -> Result<()> {
         let console = self.lock().as_ref().context("the appliance is off")?.console.clone();
-        console.wait_for("---[ end Kernel panic", Duration::from_secs(60))
+        console.wait_for("Kernel panic", Duration::from_secs(60))
     }
 
     fn lock(&self) -> MutexGuard<'_, Option<Running>> {
@@ -101,7 +101,7 @@ impl Fixture {
 
     /// As [`Self::ssh`], with the exit code instead of an error.
     pub fn try_ssh(&self, line: &str) -> Result<(i32, String)> {
-        let text = self.ssh(&format!("({line}) 2>&1; echo; echo \"exit $?\""))?;
+        let text = self.ssh(&format!("({line}) 2>&1; code=$?; echo; echo \"exit $code\""))?;
         let (body, code) = text.trim_end().rsplit_once("exit ").context("no exit code")?;
         Ok((code.trim().parse()?, body.trim_end().to_owned()))
     }
