@@ -6,14 +6,13 @@ use std::{
     fs::{self, File},
     path::Path,
     process::{ExitCode, Stdio},
-    thread::sleep,
     time::{Duration, Instant},
 };
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use serde_json::Value;
 
-use crate::{Appliance, Running};
+use crate::Appliance;
 
 const TOKEN: &str = "pds_00000000000000000000000000000bee";
 const TEMPLATE: &str = "base";
@@ -54,7 +53,7 @@ pub fn run(directory: &Path, rounds: u32) -> Result<ExitCode> {
     running.wait_ssh(Duration::from_secs(60))?;
     running.ssh(ADD_SMALL).context("adding the small template")?;
     say("waiting until all templates are baked, so that nothing else runs");
-    wait_baked(&running, &say)?;
+    running.wait_baked(say)?;
     let program = std::env::current_exe()?.with_file_name("bench");
     let target = "/run/suite/bench";
     running.operator.feed(
@@ -73,32 +72,6 @@ pub fn run(directory: &Path, rounds: u32) -> Result<ExitCode> {
     print_table(&table)?;
     say("done; also in .run/bench.json");
     Ok(ExitCode::SUCCESS)
-}
-
-/// Waits until every template of the catalogue can be restored from.
-///
-/// # Errors
-/// When one of them takes longer than twenty minutes.
-pub fn wait_baked(running: &Running, say: &dyn Fn(&str)) -> Result<()> {
-    let call = "busctl --json=short call ai.pandastack.storage1 /ai/pandastack/storage1 ai.pandastack.storage1.Manager Templates";
-    let deadline = Instant::now() + Duration::from_secs(1200);
-    let mut said = Instant::now();
-    loop {
-        let states = running.ssh(call)?;
-        if states.contains("\"baked\"")
-            && !["importing", "unbaked"].iter().any(|state| states.contains(&format!("\"{state}\"")))
-        {
-            return Ok(());
-        }
-        if Instant::now() > deadline {
-            bail!("templates are not baked: {states}");
-        }
-        if said.elapsed() > Duration::from_secs(15) {
-            said = Instant::now();
-            say(&format!("{} of the templates are baked", states.matches("\"baked\"").count()));
-        }
-        sleep(Duration::from_secs(2));
-    }
 }
 
 fn print_table(table: &Value) -> Result<()> {

@@ -10,7 +10,7 @@ use std::{
 
 use anyhow::{Result, bail};
 
-use crate::{Appliance, bench, clients};
+use crate::{Appliance, clients};
 
 const TOKEN: &str = "pds_0000000000000000000000000000d017";
 
@@ -45,7 +45,7 @@ pub fn run(options: Options) -> Result<ExitCode> {
     let mut running = Appliance::temporary()?.credential("pandastack.api_token", TOKEN).boot()?;
     running.wait_healthy(Duration::from_secs(300))?;
     running.wait_ssh(Duration::from_secs(60))?;
-    bench::wait_baked(&running, &say)?;
+    running.wait_baked(say)?;
     say(&format!("downloads of {} MiB", options.mib));
     clients::run_part(&running, TOKEN, &["test_preview_load.py"], ("DOWNLOAD_MIB", options.mib.to_string()))?;
     say("every byte, and no connection lost");

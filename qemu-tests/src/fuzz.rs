@@ -13,7 +13,7 @@ use std::{
 
 use anyhow::{Context, Result, bail};
 
-use crate::{Appliance, api::Api, audit, bench, clients};
+use crate::{Appliance, api::Api, audit, clients};
 
 const TOKEN: &str = "pds_00000000000000000000000000000fab";
 /// The targets of the program, in order; their corpora are folders of these names.
@@ -126,7 +126,7 @@ fn against_an_appliance(minutes: u64, say: &dyn Fn(&str)) -> Result<()> {
     say("booting a throw-away appliance");
     running.wait_healthy(Duration::from_secs(300))?;
     running.wait_ssh(Duration::from_secs(60))?;
-    bench::wait_baked(&running, say)?;
+    running.wait_baked(say)?;
     say(&format!("every request of the served document, {minutes} minutes"));
     let part = ["test_bad_input.py", "-k", "schemathesis"];
     clients::run_part(&running, TOKEN, &part, ("SCHEMATHESIS_SECONDS", (60 * minutes).to_string()))?;

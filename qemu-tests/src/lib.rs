@@ -24,6 +24,7 @@ pub mod qmp;
 pub mod running;
 pub mod soak;
 pub mod ssh;
+pub mod templates;
 pub mod workbench;
 pub mod writelog;
 

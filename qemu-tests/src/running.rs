@@ -15,6 +15,7 @@ use crate::console::Console;
 use crate::http;
 use crate::qmp::Qmp;
 use crate::ssh::Operator;
+use crate::templates;
 
 /// How the kernel complains when a processor's timer does not fire.
 const LOST_TIMER: &str = "Possible timer handling issue on cpu";
@@ -141,6 +142,14 @@ impl Running {
             self.monitor()?.execute("system_reset", &json!({}), Duration::from_secs(5))?;
         }
         Ok(())
+    }
+
+    /// Waits until sandboxes can be made of every template that is for all; `say` is told how far it is.
+    ///
+    /// # Errors
+    /// When one cannot be used, or one of them takes longer than twenty minutes.
+    pub fn wait_baked(&self, say: impl Fn(&str)) -> Result<()> {
+        templates::wait_baked(|line| self.ssh(line), Duration::from_secs(1200), say)
     }
 
     /// Presses the power button and waits for the machine to be off.

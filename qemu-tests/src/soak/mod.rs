@@ -15,7 +15,7 @@ use anyhow::{Result, bail};
 
 pub use driver::Driver;
 
-use crate::{Appliance, api::Api, audit, beat, bench};
+use crate::{Appliance, api::Api, audit, beat};
 
 const TOKEN: &str = "pds_00000000000000000000000000000bad";
 /// Requests between two looks at what is left over.
@@ -65,7 +65,7 @@ pub fn run(options: Options) -> Result<ExitCode> {
         .boot()?;
     running.wait_healthy(Duration::from_secs(300))?;
     running.wait_ssh(Duration::from_secs(60))?;
-    bench::wait_baked(&running, &say)?;
+    running.wait_baked(say)?;
     let (api, shell) = (Api::new(running.api(), TOKEN), |line: &str| running.ssh(line));
     say(&format!("seed {}, {} steps", options.seed, options.steps));
     let mut driver = Driver::new(&api, options.seed)?;

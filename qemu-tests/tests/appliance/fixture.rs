@@ -7,8 +7,8 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Context, Result, bail};
-use qemu_tests::{Appliance, Running, api::Api, audit, image};
+use anyhow::{Context, Result};
+use qemu_tests::{Appliance, Running, api::Api, audit, image, templates};
 
 /// Token that is preset by a system credential.
 const TOKEN: &str = "pds_0123456789abcdef0123456789abcdef";
@@ -151,29 +151,9 @@ impl Fixture {
         Ok(token)
     }
 
-    /// Waits until every template can be restored from.
+    /// Waits until sandboxes can be made of every template that is for all.
     pub fn wait_baked(&self, within: Duration) -> Result<()> {
-        let deadline = Instant::now() + within;
-        let mut last = String::new();
-        loop {
-            let states = self.ssh("busctl --json=short call ai.pandastack.storage1 /ai/pandastack/storage1 ai.pandastack.storage1.Manager Templates")?;
-            if states.matches("\"baked\"").count() >= 2 {
-                return Ok(());
-            }
-            let now: Vec<&str> = ["importing", "unbaked", "failed"]
-                .into_iter()
-                .filter(|state| states.contains(&format!("\"{state}\"")))
-                .collect();
-            let now = now.join(", ");
-            if now != last {
-                eprintln!("  templates: {now}");
-                last = now;
-            }
-            if Instant::now() > deadline || last == "failed" {
-                bail!("templates are not baked: {states}");
-            }
-            std::thread::sleep(Duration::from_secs(2));
-        }
+        templates::wait_baked(|line| self.ssh(line), within, |states| eprintln!("  {states}"))
     }
 
     /// Nothing without an owner is left, once things have come to rest.
