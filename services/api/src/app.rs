@@ -146,6 +146,15 @@ impl App {
                 }
             }
         });
+        let mut captures = self.vmm.receive_captured().await?;
+        let this = Arc::clone(self);
+        tokio::spawn(async move {
+            while let Some(captured) = captures.next().await {
+                if let Ok(captured) = captured.args() {
+                    this.guests.cut(captured.id());
+                }
+            }
+        });
         let mut happened = self.vmm.receive_happened().await?;
         let happenings = self.happenings.clone();
         tokio::spawn(async move {

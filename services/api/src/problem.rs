@@ -287,6 +287,7 @@ mod tests {
             (BusError::NotReady(text()), 503, Some(5)),
             (BusError::GuestUnreachable(text()), 504, None),
             (BusError::Timeout(text()), 504, None),
+            (BusError::Refused(text()), 502, None),
             (BusError::Internal(text()), 500, None),
             (BusError::Bus(zbus::Error::InvalidReply), 504, None),
         ];

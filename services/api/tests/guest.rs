@@ -170,6 +170,38 @@ async fn a_lost_connection_loses_nothing_and_runs_nothing_twice() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_capture_ends_a_download_at_once_and_no_command() {
+    let appliance = Appliance::start().await;
+    let api = Api::new(&appliance);
+    let id = api.sandbox().await;
+    let dir = tempfile::tempdir().unwrap();
+    let (large, begun) = (dir.path().join("large"), dir.path().join("begun"));
+    std::fs::File::create(&large).unwrap().set_len(64 << 20).unwrap();
+    let path = format!("/v1/sandboxes/{id}/fs?path={}", large.display());
+    let (response, _open) = api.open("GET", &path, &[], b"").await;
+    let mut body = response.into_body();
+    body.frame().await.unwrap().unwrap();
+    let cmd = format!("echo x > {}; sleep 2; echo done", begun.display());
+    let capture = async {
+        appears(&begun).await;
+        appliance.vmm.capture(&id).await;
+        loop {
+            match body.frame().await {
+                Some(Ok(_)) => {}
+                Some(Err(_)) => return true,
+                None => return false,
+            }
+        }
+    };
+
+    let both = async { tokio::join!(api.exec(&id, json!({"cmd": cmd})), capture) };
+    let (reply, broken) = tokio::time::timeout(Duration::from_secs(30), both).await.expect("it was told");
+
+    assert!(broken, "a download that is not whole looks as if it were");
+    assert_eq!(reply.json()["stdout"], "done\n");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_long_plain_exec_dribbles_and_its_timeout_is_a_result() {
     let appliance = Appliance::start().await;
     let api = Api::new(&appliance);

@@ -513,6 +513,10 @@ impl<B: VmmBackend> Vmm<B> {
         generation: u64,
     ) -> zbus::Result<()>;
 
+    /// A capture of this sandbox cut every stream into its guest, which nothing on them says. What is opened from now on is good.
+    #[zbus(signal)]
+    pub async fn captured(emitter: &SignalEmitter<'_>, id: &str) -> zbus::Result<()>;
+
     /// `History` has more about this sandbox. A hint only: what counts is what `History` answers.
     #[zbus(signal)]
     pub async fn happened(emitter: &SignalEmitter<'_>, workspace: &str, id: &str) -> zbus::Result<()>;

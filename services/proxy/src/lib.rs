@@ -76,16 +76,27 @@ impl Proxy {
         Arc::new(Self { dialer: Dialer::new(vmm), places: Places::default(), touch, live: Live::default() })
     }
 
-    /// Cuts what leads into sandboxes that went, for ever: a capture that ends a machine tells nobody on its connections.
+    /// Cuts what leads into sandboxes that went or were captured, for ever: a capture tells nobody on its connections.
     pub async fn follow(self: Arc<Self>, vmm: VmmProxy<'static>) -> pandastack_bus::zbus::Result<()> {
-        let mut changes = vmm.receive_changed().await?;
-        while let Some(change) = changes.next().await {
-            let Ok(change) = change.args() else { continue };
-            if matches!(*change.state(), "" | "failed" | "hibernated") {
-                self.live.cut(|entry| entry.sandbox == *change.id());
-            }
+        let (mut changes, mut captures) = (vmm.receive_changed().await?, vmm.receive_captured().await?);
+        loop {
+            let id = tokio::select! {
+                change = changes.next() => {
+                    let Some(change) = change else { return Ok(()) };
+                    let Ok(change) = change.args() else { continue };
+                    if !matches!(*change.state(), "" | "failed" | "hibernated") {
+                        continue;
+                    }
+                    change.id().to_string()
+                }
+                captured = captures.next() => {
+                    let Some(captured) = captured else { return Ok(()) };
+                    let Ok(captured) = captured.args() else { continue };
+                    captured.id().to_string()
+                }
+            };
+            self.live.cut(|entry| entry.sandbox == id);
         }
-        Ok(())
     }
 
     /// Carries a request to the guest and its answer back. `upgrade` is the client's side of a connection that may become a

@@ -103,7 +103,7 @@ impl<W: World> Manager<W> {
         let captured = async {
             let synced = start.elapsed();
             let shape = shape(record)?;
-            let (unix_ms, paused) = self.take(machine, shape, volumes, runs, resume).await?;
+            let (unix_ms, paused) = self.take(record, shape, volumes, runs, resume).await?;
             let taken = start.elapsed();
             let info = self.commit_capture(machine, spec).await?;
             let ms = |time: Duration| time.as_millis() as u64;
@@ -125,13 +125,14 @@ impl<W: World> Manager<W> {
     /// The part that the sandbox notices. Answers when it was, and how long it took.
     async fn take(
         &self,
-        machine: &SandboxId,
+        record: &Record,
         shape: &Shape,
         volumes: bool,
         runs: bool,
         resume: bool,
     ) -> Result<(u64, Duration)> {
-        let (storage, hypervisor) = (self.world.storage(), self.world.hypervisor());
+        let (storage, hypervisor, machine) =
+            (self.world.storage(), self.world.hypervisor(), record.machine());
         let kind = storage.begin_capture(machine.to_string()).await?;
         let start = Instant::now();
         let written = async {
@@ -144,7 +145,10 @@ impl<W: World> Manager<W> {
                 (CaptureKind::Diff, true) => self.held_or_stored(machine, shape).await,
                 _ => Memory::Stored,
             };
-            hypervisor.write_capture(machine, kind, memory).await?;
+            let written = hypervisor.write_capture(machine, kind, memory).await;
+            // Also when it failed half-way. Before the guest goes on, so that no good stream is among them.
+            let _ = self.cuts.send(record.id.clone());
+            written?;
             let write_ms = start.elapsed().as_millis() as u64;
             tracing::debug!(machine = %machine, ?kind, ?memory, write_ms, "memory written");
             storage.capture_disks(machine.to_string(), volumes).await?;

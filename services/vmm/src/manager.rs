@@ -97,6 +97,10 @@ pub struct Manager<W> {
     pub history: History,
     /// Hints at new ones, to be told; taken once.
     pub hints: Mutex<Option<mpsc::UnboundedReceiver<Hint>>>,
+    /// Sandboxes whose guest's connections a capture just cut, to be told.
+    pub cuts: mpsc::UnboundedSender<SandboxId>,
+    /// The other end of it, taken once.
+    pub told_cuts: Mutex<Option<mpsc::UnboundedReceiver<SandboxId>>>,
     /// Changes to be told.
     pub changes: mpsc::UnboundedSender<Change>,
     /// Starts of units at the same time.
@@ -150,10 +154,13 @@ impl<W: World> Manager<W> {
         let at = directory.join("quotas");
         let quotas = Quotas::open(&at).map_err(|source| RecordsError::Io { path: at, source })?;
         let (hint, hints) = mpsc::unbounded_channel();
+        let (cuts, told_cuts) = mpsc::unbounded_channel();
         let manager = Self {
             world,
             history: History::open(&directory.join("events"), hint),
             hints: Mutex::new(Some(hints)),
+            cuts,
+            told_cuts: Mutex::new(Some(told_cuts)),
             config,
             catalogue: Arc::default(),
             requests: Requests::default(),

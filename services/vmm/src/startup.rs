@@ -72,6 +72,8 @@ pub async fn serve(ctx: Context) -> std::result::Result<(), VmmError> {
     tokio::spawn(tell(ctx.bus.clone(), told));
     let hints = manager.hints.lock().unwrap_or_else(PoisonError::into_inner).take();
     tokio::spawn(hint(ctx.bus.clone(), hints));
+    let cuts = manager.told_cuts.lock().unwrap_or_else(PoisonError::into_inner).take();
+    tokio::spawn(tell_cuts(ctx.bus.clone(), cuts));
     tokio::spawn(follow_templates(ctx.bus.clone(), Arc::clone(&manager)));
     ctx.status("comparing records with what is there");
     let slow = reconcile_until_done(&manager).await;
@@ -146,6 +148,18 @@ async fn tell(bus: Connection, mut changes: mpsc::UnboundedReceiver<Change>) {
         );
         if let Err(error) = told.await {
             tracing::warn!(sandbox = change.id, "a change was not told: {error}");
+        }
+    }
+}
+
+/// Tells whose streams are dead.
+async fn tell_cuts(bus: Connection, cuts: Option<mpsc::UnboundedReceiver<SandboxId>>) {
+    let Some(mut cuts) = cuts else { return };
+    while let Some(id) = cuts.recv().await {
+        let Ok(emitter) = zbus::object_server::SignalEmitter::new(&bus, vmm::PATH) else { return };
+        // Whoever misses it waits until something else tells.
+        if let Err(error) = Vmm::<Backend<Appliance>>::captured(&emitter, id.as_str()).await {
+            tracing::warn!(sandbox = %id, "a capture was not told: {error}");
         }
     }
 }

@@ -25,6 +25,7 @@ pub use log::LogReader;
 pub use session::Session;
 pub use stdin::Stdin;
 pub use still::Still;
+use stream::Line;
 pub use stream::{AgentStream, Pulse};
 
 use std::{
@@ -73,6 +74,8 @@ pub struct Greeted {
 pub struct Guests {
     vmm: VmmProxy<'static>,
     idle: Mutex<HashMap<String, Vec<Greeted>>>,
+    /// Every stream that is open, idle or not.
+    open: Mutex<HashMap<String, Vec<Line>>>,
     /// Which of them stand still.
     pub still: Still,
     followers: Arc<Followers>,
@@ -90,7 +93,13 @@ pub enum Wake {
 impl Guests {
     /// No connections yet.
     pub fn new(vmm: VmmProxy<'static>) -> Arc<Self> {
-        Arc::new(Self { vmm, idle: Mutex::default(), still: Still::default(), followers: Arc::default() })
+        Arc::new(Self {
+            vmm,
+            idle: Mutex::default(),
+            open: Mutex::default(),
+            still: Still::default(),
+            followers: Arc::default(),
+        })
     }
 
     /// An idle connection, or a new one.
@@ -183,6 +192,7 @@ impl Guests {
                 .and_then(|()| UnixStream::from_std(stream))
                 .map_err(|error| GuestError::Bus(BusError::Internal(error.to_string())))?;
             let (stream, pulse) = AgentStream::new(stream);
+            self.opened(sandbox, pulse.line());
             let mut nonce = [0u8; 8];
             getrandom::fill(&mut nonce).expect("the kernel's random generator answers");
             match Client::greet(stream, u64::from_le_bytes(nonce), GREETING).await {
@@ -218,9 +228,24 @@ impl Guests {
         });
     }
 
+    /// A capture cut every stream into this guest. Whoever waits on one learns of it now, and not when its patience ends.
+    pub fn cut(&self, sandbox: &str) {
+        self.drop_idle(sandbox);
+        let open = self.open.lock().unwrap_or_else(PoisonError::into_inner).remove(sandbox);
+        open.into_iter().flatten().for_each(|line| line.cut());
+    }
+
+    fn opened(&self, sandbox: &str, line: Line) {
+        let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
+        let of_sandbox = open.entry(sandbox.to_owned()).or_default();
+        of_sandbox.retain(Line::is_open);
+        of_sandbox.push(line);
+    }
+
     /// The sandbox is gone.
     pub fn forget(&self, sandbox: &str) {
         self.drop_idle(sandbox);
+        self.open.lock().unwrap_or_else(PoisonError::into_inner).remove(sandbox);
         self.still.forget(sandbox);
     }
 
@@ -233,6 +258,10 @@ impl Guests {
         self.idle.lock().unwrap_or_else(PoisonError::into_inner).retain(|_, idle| {
             idle.retain(|greeted| greeted.since.elapsed() < IDLE_FOR && greeted.pulse.looks_alive());
             !idle.is_empty()
+        });
+        self.open.lock().unwrap_or_else(PoisonError::into_inner).retain(|_, open| {
+            open.retain(Line::is_open);
+            !open.is_empty()
         });
     }
 

@@ -1,12 +1,15 @@
-//! A connection to an agent whose holder can look whether it is still good while it lies idle.
+//! A connection to an agent whose holder can look whether it is still good while it lies idle, and that can be cut by whoever
+//! knows that it is not.
 
 use std::{
     io,
+    os::fd::AsRawFd,
     pin::Pin,
-    sync::Arc,
+    sync::{Arc, Weak},
     task::{Context, Poll, ready},
 };
 
+use nix::sys::socket::{Shutdown, shutdown};
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     net::UnixStream,
@@ -20,7 +23,32 @@ pub struct AgentStream(Arc<UnixStream>);
 #[derive(Debug)]
 pub struct Pulse(Arc<UnixStream>);
 
+/// The right to cut it, which does not keep it open.
+#[derive(Debug)]
+pub struct Line(Weak<UnixStream>);
+
+impl Line {
+    /// Whether somebody has the stream.
+    pub fn is_open(&self) -> bool {
+        self.0.strong_count() > 0
+    }
+
+    /// Ends it both ways.
+    pub fn cut(&self) {
+        if let Some(stream) = self.0.upgrade()
+            && let Err(error) = shutdown(stream.as_raw_fd(), Shutdown::Both)
+        {
+            tracing::debug!(%error, "a stream that was to be cut is gone");
+        }
+    }
+}
+
 impl Pulse {
+    /// What the stream can be cut with.
+    pub fn line(&self) -> Line {
+        Line(Arc::downgrade(&self.0))
+    }
+
     /// Whether an idle stream still looks usable: open, and nothing unexpected on it.
     pub fn looks_alive(&self) -> bool {
         matches!(self.0.try_read(&mut [0; 1]), Err(error) if error.kind() == io::ErrorKind::WouldBlock)
@@ -101,5 +129,22 @@ mod tests {
         drop(peer.await.unwrap());
         stream.0.readable().await.unwrap();
         assert!(!pulse.looks_alive());
+    }
+
+    #[tokio::test]
+    async fn whoever_waits_on_one_that_is_cut_learns_of_it() {
+        let (near, _far) = UnixStream::pair().unwrap();
+        let (mut stream, pulse) = AgentStream::new(near);
+        let line = pulse.line();
+        drop(pulse);
+        let reader = tokio::spawn(async move { stream.read(&mut [0; 1]).await.unwrap() });
+        tokio::task::yield_now().await;
+
+        assert!(line.is_open());
+        line.cut();
+
+        assert_eq!(reader.await.unwrap(), 0);
+        assert!(!line.is_open());
+        line.cut();
     }
 }

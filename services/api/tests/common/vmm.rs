@@ -25,7 +25,7 @@ use pandastack_bus::{
 };
 use pandastack_daemon::quotas::lines;
 use pandastack_protocol::{Client, ClientError, Defaults, Failure, Identity};
-use tokio::{net::UnixStream, task::JoinHandle};
+use tokio::{net::UnixStream, sync::Notify, task::JoinHandle};
 
 use super::storage::Shelf;
 
@@ -86,6 +86,7 @@ pub struct FakeVmm {
     forks: Mutex<HashMap<String, (Vec<Child>, Fork)>>,
     shelf: Arc<Shelf>,
     relays: Mutex<HashMap<String, Vec<JoinHandle<()>>>>,
+    captured: Arc<Notify>,
     agent: Arc<Agent>,
     bus: OnceLock<zbus::Connection>,
 }
@@ -112,6 +113,7 @@ impl FakeVmm {
             forks: Mutex::default(),
             shelf,
             relays: Mutex::default(),
+            captured: Arc::default(),
             agent: Agent::new(NoMachine, None),
             bus: OnceLock::new(),
         })
@@ -124,6 +126,14 @@ impl FakeVmm {
             relay.abort();
             let _ = relay.await;
         }
+    }
+
+    /// As a capture does: nothing goes through the connections of before, nothing on them says so, and vmm tells.
+    pub async fn capture(&self, id: &str) {
+        self.captured.notify_waiters();
+        let bus = self.bus.get().unwrap();
+        let emitter = SignalEmitter::new(bus, pandastack_bus::vmm::PATH).unwrap();
+        Vmm::<Self>::captured(&emitter, id).await.unwrap();
     }
 
     /// From now on changes are told on this connection.
@@ -317,8 +327,12 @@ impl VmmBackend for FakeVmm {
         let (mut middle, guest) = UnixStream::pair().unwrap();
         let agent = Arc::clone(&self.agent);
         tokio::spawn(async move { serve(guest, agent).await });
+        let captured = Arc::clone(&self.captured);
         let relay = tokio::spawn(async move {
-            let _ = tokio::io::copy_bidirectional(&mut far, &mut middle).await;
+            tokio::select! {
+                _ = tokio::io::copy_bidirectional(&mut far, &mut middle) => {}
+                () = captured.notified() => std::future::pending().await,
+            }
         });
         self.relays.lock().unwrap().entry(id).or_default().push(relay);
         Ok(near.into())
