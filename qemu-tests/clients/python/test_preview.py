@@ -169,6 +169,26 @@ def test_a_preview_outlives_sleep(client, http, served):
     again.echo("still")
 
 
+def test_what_a_capture_cuts_ends_at_once(http, served):
+    """The guest's end of every connection is reset; nothing on this side would say so for minutes."""
+    _, url = preview(http, served)
+    ws = WebSocket(url + "ws")
+    ws.echo("before")
+    served.exec("truncate -s 256M /root/large")
+    download = http("GET", f"/v1/sandboxes/{served.id}/fs", params={"path": "/root/large"}, stream=True, timeout=20)
+    parts = download.iter_content(1 << 16)
+    next(parts)
+
+    served.snapshot()
+
+    assert ws.has_ended(20)
+    # A stall would be a ConnectionError.
+    with pytest.raises(requests.exceptions.ChunkedEncodingError):
+        sum(len(part) for part in parts)
+    WebSocket(url + "ws").echo("after")
+    assert served.exec("stat -c %s /root/large").stdout.strip() == str(256 << 20)
+
+
 def test_a_preview_opens_its_paths_until_it_is_revoked(http, served):
     made, url = preview(http, served, paths=["/file", "ws"])
     assert get(url + "file").status_code == 200
