@@ -96,12 +96,13 @@ def get(url, **kwargs):
 class WebSocket:
     """The little of a client that an echo needs."""
 
-    def __init__(self, url, host=None, timeout=60):
+    def __init__(self, url, host=None, timeout=60, token=None):
         parts = urlsplit(url)
         self.socket = socket.create_connection((parts.hostname, parts.port), timeout=timeout)
         key = base64.b64encode(os.urandom(16)).decode()
         self.socket.sendall((f"GET {parts.path} HTTP/1.1\r\nHost: {host or parts.netloc}\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
-                             f"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: {key}\r\n\r\n").encode())
+                             f"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: {key}\r\n"
+                             + (f"Authorization: Bearer {token}\r\n" if token else "") + "\r\n").encode())
         head = b""
         while not head.endswith(b"\r\n\r\n"):
             byte = self.socket.recv(1)
@@ -172,8 +173,9 @@ def test_a_preview_outlives_sleep(client, http, served):
 def test_what_a_capture_cuts_ends_at_once(http, served):
     """The guest's end of every connection is reset; nothing on this side would say so for minutes."""
     _, url = preview(http, served)
-    ws = WebSocket(url + "ws")
-    ws.echo("before")
+    sockets = [WebSocket(url + "ws"), WebSocket(f"{http.base}/v1/sandboxes/{served.id}/proxy/{PORT}/ws", token=os.environ["PANDASTACK_API_KEY"])]
+    for one in sockets:
+        one.echo("before")
     served.exec("truncate -s 256M /root/large")
     download = http("GET", f"/v1/sandboxes/{served.id}/fs", params={"path": "/root/large"}, stream=True, timeout=20)
     parts = download.iter_content(1 << 16)
@@ -181,7 +183,7 @@ def test_what_a_capture_cuts_ends_at_once(http, served):
 
     served.snapshot()
 
-    assert ws.has_ended(20)
+    assert [one.has_ended(20) for one in sockets] == [True, True]
     # A stall would be a ConnectionError.
     with pytest.raises(requests.exceptions.ChunkedEncodingError):
         sum(len(part) for part in parts)

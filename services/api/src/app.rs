@@ -173,7 +173,7 @@ impl App {
         });
         tokio::spawn(runner::run(Arc::clone(self)));
         tokio::spawn(Arc::clone(&self.touch).run(self.vmm.clone()));
-        tokio::spawn(Arc::clone(&self.proxy).follow(self.vmm.clone()));
+        self.proxy.follow(&self.vmm);
         let guests = Arc::clone(&self.guests);
         tokio::spawn(async move {
             let mut every = tokio::time::interval(std::time::Duration::from_secs(20));

@@ -244,6 +244,23 @@ async fn revoking_and_expiring_cut_what_is_under_way() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn what_leads_into_a_sandbox_that_is_captured_or_goes_is_cut() {
+    let edge = Edge::start("", Mode::Open).await;
+    let path = format!("/v1/p/{}/ws", edge.mint(program().await, 60, &[]).await.token);
+
+    let one = websocket(&edge, "h", &path).await;
+    edge.changed("running").await;
+    edge.capture().await;
+    ends(one).await;
+
+    for state in ["hibernated", "failed", ""] {
+        let another = websocket(&edge, "h", &path).await;
+        edge.changed(state).await;
+        ends(another).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn host_names_open_what_the_operator_allows() {
     let port = program().await;
     let host = format!("{port}-{ID}.preview.test");

@@ -25,13 +25,16 @@ pub mod stream;
 pub mod touch;
 pub mod tunnel;
 
-use std::{net::IpAddr, sync::Arc};
+use std::{net::IpAddr, sync::Arc, time::Duration};
 
 use futures_util::StreamExt;
 use http::{Request, Response};
 use http_body::Body;
 use hyper::upgrade::OnUpgrade;
-use pandastack_bus::vmm::{SandboxInfo, VmmProxy};
+use pandastack_bus::{
+    vmm::{SandboxInfo, VmmProxy},
+    zbus,
+};
 
 pub use crate::{
     dial::Dialer,
@@ -60,6 +63,9 @@ pub struct Target {
     pub key: Option<Key>,
 }
 
+/// Pause before vmm's signals are listened to again.
+const DEAF: Duration = Duration::from_secs(1);
+
 /// The proxy of one daemon.
 #[derive(Debug)]
 pub struct Proxy {
@@ -76,27 +82,48 @@ impl Proxy {
         Arc::new(Self { dialer: Dialer::new(vmm), places: Places::default(), touch, live: Live::default() })
     }
 
-    /// Cuts what leads into sandboxes that went or were captured, for ever: a capture tells nobody on its connections.
-    pub async fn follow(self: Arc<Self>, vmm: VmmProxy<'static>) -> pandastack_bus::zbus::Result<()> {
-        let (mut changes, mut captures) = (vmm.receive_changed().await?, vmm.receive_captured().await?);
-        loop {
-            let id = tokio::select! {
-                change = changes.next() => {
-                    let Some(change) = change else { return Ok(()) };
-                    let Ok(change) = change.args() else { continue };
-                    if !matches!(*change.state(), "" | "failed" | "hibernated") {
-                        continue;
-                    }
-                    change.id().to_string()
-                }
-                captured = captures.next() => {
-                    let Some(captured) = captured else { return Ok(()) };
-                    let Ok(captured) = captured.args() else { continue };
-                    captured.id().to_string()
-                }
-            };
-            self.live.cut(|entry| entry.sandbox == id);
+    /// Cuts what leads into sandboxes that go or are captured, for ever: nothing tells it on their connections.
+    pub fn follow(self: &Arc<Self>, vmm: &VmmProxy<'static>) {
+        let (this, asked) = (Arc::clone(self), vmm.clone());
+        tokio::spawn(async move {
+            loop {
+                let heard = this.hear_changes(&asked).await;
+                deaf(heard).await;
+            }
+        });
+        let (this, asked) = (Arc::clone(self), vmm.clone());
+        tokio::spawn(async move {
+            loop {
+                let heard = this.hear_captures(&asked).await;
+                deaf(heard).await;
+            }
+        });
+    }
+
+    async fn hear_changes(&self, vmm: &VmmProxy<'static>) -> zbus::Result<()> {
+        let mut changes = vmm.receive_changed().await?;
+        while let Some(change) = changes.next().await {
+            let Ok(change) = change.args() else { continue };
+            if matches!(*change.state(), "" | "failed" | "hibernated") {
+                self.cut(change.id());
+            }
         }
+        Ok(())
+    }
+
+    async fn hear_captures(&self, vmm: &VmmProxy<'static>) -> zbus::Result<()> {
+        let mut captures = vmm.receive_captured().await?;
+        while let Some(captured) = captures.next().await {
+            if let Ok(captured) = captured.args() {
+                self.cut(captured.id());
+            }
+        }
+        Ok(())
+    }
+
+    fn cut(&self, id: &str) {
+        let cut = self.live.cut(|entry| entry.sandbox == id);
+        tracing::debug!(sandbox = id, cut, "its connections are cut");
     }
 
     /// Carries a request to the guest and its answer back. `upgrade` is the client's side of a connection that may become a
@@ -134,4 +161,13 @@ impl Proxy {
         origin::translate_location(response.headers_mut(), &forwarded);
         Ok(response)
     }
+}
+
+/// vmm's signals are not heard any more.
+async fn deaf(heard: zbus::Result<()>) {
+    match heard {
+        Ok(()) => tracing::error!("vmm's signals ended"),
+        Err(error) => tracing::error!("vmm's signals cannot be heard: {error}"),
+    }
+    tokio::time::sleep(DEAF).await;
 }

@@ -218,7 +218,7 @@ pub struct Edge {
     pub vmm: Arc<OneSandbox>,
     pub backend: Backend,
     pub router: Arc<Router>,
-    _daemons: zbus::Connection,
+    daemons: zbus::Connection,
     _state: tempfile::TempDir,
 }
 
@@ -244,6 +244,7 @@ impl Edge {
         let touch = Arc::<Touch>::default();
         let proxy = Proxy::new(asked.clone(), Arc::clone(&touch));
         tokio::spawn(touch.run(asked.clone()));
+        proxy.follow(&asked);
         let live = proxy.live.clone();
         tokio::spawn(async move {
             loop {
@@ -270,7 +271,19 @@ impl Edge {
         let secure = listener.local_addr().unwrap();
         let tls = pandastack_edge::tls::acceptor(None, state.path(), suffix).unwrap();
         tokio::spawn(listener::serve(listener, Some(tls), Arc::clone(&router), slots, forever()));
-        Self { address, secure, vmm, backend, router, _daemons: daemons, _state: state }
+        Self { address, secure, vmm, backend, router, daemons, _state: state }
+    }
+
+    /// The sandbox is captured.
+    pub async fn capture(&self) {
+        let emitter = zbus::object_server::SignalEmitter::new(&self.daemons, vmm::PATH).unwrap();
+        Vmm::<OneSandbox>::captured(&emitter, ID).await.unwrap();
+    }
+
+    /// The sandbox is in another state.
+    pub async fn changed(&self, state: &str) {
+        let emitter = zbus::object_server::SignalEmitter::new(&self.daemons, vmm::PATH).unwrap();
+        Vmm::<OneSandbox>::changed(&emitter, ID, "default", state, 2).await.unwrap();
     }
 
     pub async fn mint(&self, port: u16, ttl_seconds: u64, paths: &[&str]) -> Minted {
