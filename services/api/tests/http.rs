@@ -271,10 +271,17 @@ async fn a_foreign_sandbox_is_not_there() {
             let path = route.template.replace("{id}", id);
             let runs = path.contains("exec") || path.contains("repl");
             let body = if runs { &br#"{"cmd":"true","code":"1"}"#[..] } else { b"" };
-            let reply = theirs.send(route.method, &format!("{path}?path=/etc/hostname"), &[], body).await;
+            let asked = format!("{path}?path=/etc/hostname");
+            let mut reply = theirs.send(route.method, &asked, &[], body).await;
+            // A fast machine asks more often than the workspace may.
+            while reply.status == 429 {
+                tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+                reply = theirs.send(route.method, &asked, &[], body).await;
+            }
             assert_eq!(reply.status, 404, "{} {path}: {}", route.method, reply.text());
         }
     }
+    tokio::time::sleep(std::time::Duration::from_millis(100)).await;
     assert_eq!(theirs.get("/v1/sandboxes").await.json(), json!([]));
     assert_eq!(mine.send("DELETE", &format!("/v1/me/tokens/{prefix}"), &[], b"").await.status, 404);
     assert_eq!(mine.get(&format!("/v1/sandboxes/{id}")).await.status, 200);
