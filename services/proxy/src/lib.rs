@@ -4,8 +4,7 @@
 //! are. Refuses to know: who may reach what, how the client is connected.
 //!
 //! ```text
-//!   request ──► place ──► dial: vmm.open_port (wakes)
-//!                                                                        │
+//!   request ──► place ──► dial: vmm.open_port (wakes) ────────────────────┐
 //!   response ◄── stream (a piece at a time) ◄── exchange (hyper's client) ┘
 //!                                                 └── 101 ──► tunnel, both ways
 //! ```

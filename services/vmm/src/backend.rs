@@ -13,7 +13,6 @@ use pandastack_bus::{
         Series, State as Public, VmmBackend, unknown_sandbox,
     },
 };
-
 use tokio::time::timeout;
 
 use crate::{
