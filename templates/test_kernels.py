@@ -52,6 +52,7 @@ sys.path.insert(0, str(KERNELS))
 
 import kernel as kernels  # noqa: E402
 from cell import RESULT_BYTES, STREAM_BYTES, Cell, ending, texts  # noqa: E402
+from engine import ENGINES  # noqa: E402
 from host import SESSIONS, Host, serve  # noqa: E402
 
 
@@ -125,6 +126,21 @@ class CellTest(unittest.TestCase):
         exits = (("", 0), ("None", 0), ("0", 0), ("3", 3), ("-1", 255), ("256", 0), ("no", 1), ("9" * 30, 1))
         for value, code in exits:
             self.assertEqual(ending({"status": "error", "ename": "SystemExit", "evalue": value})[0], code, value)
+
+
+class EngineTest(unittest.IsolatedAsyncioTestCase):
+    """A language's process, without a kernel around it."""
+
+    async def test_a_cell_of_a_process_that_only_starts_is_heard_although_nobody_listens_for_a_while(self):
+        for language, cell in (("bash", "echo heard"), ("javascript", "console.log('heard')")):
+            heard = []
+            engine = ENGINES[language](lambda stream, text: heard.append((stream, text)), None, None)
+            run = asyncio.create_task(engine.run(cell))
+            await asyncio.sleep(0)
+            time.sleep(1)
+            self.assertEqual((await asyncio.wait_for(run, 30))["exit"], 0, language)
+            self.assertEqual(heard, [("stdout", "heard\n")], language)
+            engine.close()
 
 
 class Hosted(unittest.IsolatedAsyncioTestCase):

@@ -377,8 +377,11 @@ async fn much_output_on_both_streams_with_a_slow_reader() {
 #[tokio::test]
 async fn attaching_after_a_lost_connection_gives_exactly_what_is_missing() {
     let world = World::new();
-    let exec = sh("i=0; while [ $i -lt 20000 ]; do echo line $i; i=$((i+1)); done");
-    let expected: String = (0..20000).map(|i| format!("line {i}\n")).collect();
+    // As much as is kept for one who comes back, so that it is several rounds also when every event is as large as can be.
+    let count = 75_000;
+    let exec = sh(&format!("i=0; while [ $i -lt {count} ]; do echo line $i; i=$((i+1)); done"));
+    let expected: String = (0..count).map(|i| format!("line {i}\n")).collect();
+    assert!(expected.len() < REPLAY_BYTES && expected.len() > 8 * CHUNK);
     let mut stream = world.exec(exec.clone()).await;
     let mut text = Vec::new();
     let mut rounds = 0;

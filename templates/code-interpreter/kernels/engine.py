@@ -39,8 +39,8 @@ class Engine:
     def __init__(self, heard, shown, ended):
         self.heard, self.shown, self.ended = heard, shown, ended
         self.ran, self.outcome, self.rest = False, None, b""
-        # What it says before it is asked anything is nobody's output.
-        self.silent = True
+        # What it says before that is nobody's output.
+        self.started = asyncio.Event()
         self.collected = {"stdout": [], "stderr": []}
         self.passing = None
         self.code = os.memfd_create("cell", os.MFD_CLOEXEC)
@@ -84,7 +84,7 @@ class Engine:
                 asyncio.get_running_loop().remove_reader(fd)
             return False
         text = decoder.decode(piece)
-        if passed < STREAM_BYTES and text and not self.silent:
+        if passed < STREAM_BYTES and text and self.started.is_set():
             self.streams[name][2] += len(piece)
             self.collected[name].append(text)
             if self.passing is None:
@@ -117,10 +117,10 @@ class Engine:
         *whole, self.rest = (self.rest + piece).split(b"\0")
         for one in whole:
             self.drain()
-            if self.silent:
-                self.silent = False
-            else:
+            if self.started.is_set():
                 self.told(one.decode("utf-8", "replace"))
+            else:
+                self.started.set()
 
     def told(self, outcome):
         """An outcome, as the language tells it."""
@@ -145,6 +145,8 @@ class Engine:
     async def run(self, code):
         """Runs a cell; answers {"exit", "result", "error"}."""
         self.ran = True
+        # Told earlier, a cell could be over before it is known that the process has started, and its output would be dropped.
+        await self.started.wait()
         for stream in self.streams.values():
             stream[2] = 0
         self.outcome = asyncio.get_running_loop().create_future()
