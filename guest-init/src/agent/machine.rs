@@ -115,6 +115,36 @@ impl Machine for Guest {
     }
 }
 
+/// A machine that stays as it is: for an agent that runs in the process of a host's test.
+#[cfg(feature = "inert-machine")]
+#[derive(Debug, Clone, Copy)]
+pub struct Inert;
+
+#[cfg(feature = "inert-machine")]
+impl Machine for Inert {
+    fn identify(&self, _: &Identity) -> Result<(), Failure> {
+        Ok(())
+    }
+
+    fn remember_defaults(&self, _: &Defaults) {}
+
+    fn remembered_defaults(&self) -> Defaults {
+        Defaults::default()
+    }
+
+    fn grow_root(&self) -> Result<(), Failure> {
+        Ok(())
+    }
+
+    fn mount(&self, _: &[Mount]) -> Result<(), Failure> {
+        Ok(())
+    }
+
+    fn shut_down(&self) -> Result<(), Failure> {
+        Ok(())
+    }
+}
+
 fn step(what: &'static str) -> impl Fn(io::Error) -> Failure {
     move |error| Failure { code: Code::Internal, message: format!("{what}: {error}") }
 }

@@ -5,6 +5,7 @@
 
 use std::{
     collections::HashMap,
+    future::ready,
     sync::{Arc, Mutex, PoisonError},
 };
 
@@ -133,47 +134,40 @@ impl App {
         }))
     }
 
-    /// Starts what runs beside the requests, until the runtime ends.
+    /// Starts what runs beside the requests, until the runtime ends; signals are followed as long as the bus is there,
+    /// which is as long as the daemon.
     pub async fn start(self: &Arc<Self>) -> zbus::Result<()> {
-        let mut changes = self.vmm.receive_changed().await?;
         let this = Arc::clone(self);
-        tokio::spawn(async move {
-            while let Some(change) = changes.next().await {
-                let Ok(change) = change.args() else { continue };
-                match *change.state() {
-                    "" | "failed" => this.forget(change.id()),
-                    state => this.guests.changed(change.id(), state),
-                }
+        tokio::spawn(self.vmm.receive_changed().await?.for_each(move |change| {
+            match change.args() {
+                Ok(gone) if matches!(*gone.state(), "" | "failed") => this.forget(gone.id()),
+                Ok(change) => this.guests.changed(change.id(), change.state()),
+                Err(_) => {}
             }
-        });
-        let mut captures = self.vmm.receive_captured().await?;
-        let this = Arc::clone(self);
-        tokio::spawn(async move {
-            while let Some(captured) = captures.next().await {
-                if let Ok(captured) = captured.args() {
-                    this.guests.cut(captured.id());
-                }
+            ready(())
+        }));
+        let guests = Arc::clone(&self.guests);
+        tokio::spawn(self.vmm.receive_captured().await?.for_each(move |captured| {
+            if let Ok(captured) = captured.args() {
+                guests.cut(captured.id());
             }
-        });
-        let mut happened = self.vmm.receive_happened().await?;
+            ready(())
+        }));
         let happenings = self.happenings.clone();
-        tokio::spawn(async move {
-            while let Some(hint) = happened.next().await {
-                if let Ok(hint) = hint.args() {
-                    happenings.hint(hint.workspace(), hint.id());
-                }
+        tokio::spawn(self.vmm.receive_happened().await?.for_each(move |hint| {
+            if let Ok(hint) = hint.args() {
+                happenings.hint(hint.workspace(), hint.id());
             }
-        });
-        let mut templates = self.storage.receive_template_changed().await?;
+            ready(())
+        }));
         let this = Arc::clone(self);
-        tokio::spawn(async move {
-            while templates.next().await.is_some() {
-                this.catalogue.changed();
-            }
-        });
+        tokio::spawn(self.storage.receive_template_changed().await?.for_each(move |_| {
+            this.catalogue.changed();
+            ready(())
+        }));
+        self.proxy.follow(&self.vmm).await?;
         tokio::spawn(runner::run(Arc::clone(self)));
         tokio::spawn(Arc::clone(&self.touch).run(self.vmm.clone()));
-        self.proxy.follow(&self.vmm);
         let guests = Arc::clone(&self.guests);
         tokio::spawn(async move {
             let mut every = tokio::time::interval(std::time::Duration::from_secs(20));

@@ -64,23 +64,31 @@ impl Socket {
     }
 
     async fn json(&mut self) -> Value {
-        loop {
-            if let Message::Text(text) = self.next().await {
-                return serde_json::from_str(&text).unwrap();
+        // All of it: pings come as long as nothing else does.
+        let text = async {
+            loop {
+                if let Message::Text(text) = self.next().await {
+                    return text;
+                }
             }
-        }
+        };
+        serde_json::from_str(&timeout(LIMIT, text).await.expect("in time")).unwrap()
     }
 
     /// Binary output until it contains `wanted`.
     async fn until(&mut self, wanted: &str) -> String {
         let mut all = String::new();
-        while !all.contains(wanted) {
-            match self.next().await {
-                Message::Binary(bytes) => all.push_str(&String::from_utf8_lossy(&bytes)),
-                Message::Ping(_) | Message::Pong(_) => {}
-                other => panic!("{other:?} after {all:?}"),
+        let found = async {
+            while !all.contains(wanted) {
+                match self.next().await {
+                    Message::Binary(bytes) => all.push_str(&String::from_utf8_lossy(&bytes)),
+                    Message::Ping(_) | Message::Pong(_) => {}
+                    other => panic!("{other:?} after {all:?}"),
+                }
             }
-        }
+        };
+        let in_time = timeout(LIMIT, found).await.is_ok();
+        assert!(in_time, "no {wanted:?} in {all:?}");
         all
     }
 }
@@ -97,8 +105,9 @@ async fn a_terminal_has_a_size_takes_keys_and_says_how_it_ended() {
     socket.say(json!({"resize": {"rows": 40, "cols": 120}})).await;
     socket.say(json!({"stdin": "stty size\r"})).await;
     socket.until("40 120").await;
-    socket.stream.send(Message::binary(&b"sleep 1000\r"[..])).await.unwrap();
-    tokio::time::sleep(Duration::from_millis(300)).await;
+    // Only a program that runs is interrupted: a key before that is the shell's own.
+    socket.stream.send(Message::binary(&b"sh -c 'echo star\"\"ted; exec sleep 1000'\r"[..])).await.unwrap();
+    socket.until("started\r\n").await;
     socket.stream.send(Message::binary(&b"\x03"[..])).await.unwrap();
     socket.stream.send(Message::binary(&b"exit 7\r"[..])).await.unwrap();
 

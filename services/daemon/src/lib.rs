@@ -7,7 +7,7 @@
 //!
 //! ```text
 //!   start ──► journal ──► bus ──► body(Context) ──► ready() ──► … stopped() ──► body returns ──► exit 0
-//!                                     └── Err ──► logged once with its chain ──► exit 1 (PID 1 restarts)
+//!                                     └── Err, bus lost ──► logged once with its chain ──► exit 1 (PID 1 restarts)
 //! ```
 
 mod log;
@@ -160,7 +160,7 @@ impl Context {
     }
 }
 
-/// Why a daemon did not come as far as its body.
+/// Why a daemon did not come as far as its body, or was ended in it.
 #[derive(Debug, thiserror::Error)]
 enum StartError {
     #[error("no runtime")]
@@ -171,6 +171,8 @@ enum StartError {
     Signals(#[source] io::Error),
     #[error("the system bus cannot be reached")]
     Bus(#[source] zbus::Error),
+    #[error("the connection to the system bus was lost")]
+    BusLost,
 }
 
 type Failure = Box<dyn Error + Send + Sync>;
@@ -188,7 +190,13 @@ where
     let signals = Signals::new().map_err(StartError::Signals)?;
     tokio::spawn(signals.serve(reload, halt, Arc::clone(&is_ready)));
     let bus = pandastack_bus::system().await.map_err(StartError::Bus)?;
-    body(Context { bus, state: state.into(), is_ready, reloads, stop }).await.map_err(boxed)
+    let lost = bus.clone();
+    tokio::select! {
+        outcome = body(Context { bus, state: state.into(), is_ready, reloads, stop }) => outcome.map_err(boxed),
+        // A connection that was lost never comes back, and nobody reaches this daemon without one. What was under way
+        // is as after a kill.
+        () = lost.closed() => Err(boxed(StartError::BusLost)),
+    }
 }
 
 struct Signals {

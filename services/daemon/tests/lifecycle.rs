@@ -87,7 +87,7 @@ fn without_a_bus_it_fails_instead_of_waiting() {
 }
 
 #[test]
-fn a_dead_bus_is_not_petted_away() {
+fn a_stuck_bus_is_not_petted_away() {
     let dir = tempfile::tempdir().unwrap();
     let Some(bus) = Bus::start() else { return };
     let pid1 = UnixDatagram::bind(dir.path().join("notify")).unwrap();
@@ -95,12 +95,27 @@ fn a_dead_bus_is_not_petted_away() {
     let _daemon = start("works", dir.path(), &bus.address);
     while receive(&pid1) != "WATCHDOG=1\n" {}
 
-    drop(bus);
+    kill(Pid::from_raw(bus.process.id().cast_signed()), Signal::SIGSTOP).unwrap();
     std::thread::sleep(Duration::from_millis(200));
     pid1.set_nonblocking(true).unwrap();
     while pid1.recv(&mut [0; 512]).is_ok() {}
     std::thread::sleep(Duration::from_secs(1));
     assert!(pid1.recv(&mut [0; 512]).is_err(), "petted although nobody can reach it");
+}
+
+#[test]
+fn with_its_bus_it_ends_and_can_be_started_anew() {
+    let dir = tempfile::tempdir().unwrap();
+    let Some(bus) = Bus::start() else { return };
+    let pid1 = UnixDatagram::bind(dir.path().join("notify")).unwrap();
+    pid1.set_read_timeout(Some(PATIENCE)).unwrap();
+    let mut daemon = start("works", dir.path(), &bus.address);
+    assert_eq!(receive(&pid1), "READY=1\nSTATUS=serving\n");
+
+    drop(bus);
+
+    assert_eq!(daemon.wait().code(), Some(7));
+    while receive(&pid1) != "STATUS=the connection to the system bus was lost\n" {}
 }
 
 struct Daemon(Child);

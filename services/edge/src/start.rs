@@ -72,7 +72,7 @@ pub async fn run(context: Context) -> Result<(), StartError> {
         VmmProxy::builder(&context.bus).cache_properties(zbus::proxy::CacheProperties::No).build().await?;
     let touch = Arc::<Touch>::default();
     let proxy = Proxy::new(vmm.clone(), Arc::clone(&touch));
-    proxy.follow(&vmm);
+    proxy.follow(&vmm).await?;
     tokio::spawn(touch.run(vmm.clone()));
     let live = proxy.live.clone();
     tokio::spawn(async move {

@@ -24,7 +24,7 @@ pub mod stream;
 pub mod touch;
 pub mod tunnel;
 
-use std::{net::IpAddr, sync::Arc, time::Duration};
+use std::{future::ready, net::IpAddr, sync::Arc};
 
 use futures_util::StreamExt;
 use http::{Request, Response};
@@ -62,9 +62,6 @@ pub struct Target {
     pub key: Option<Key>,
 }
 
-/// Pause before vmm's signals are listened to again.
-const DEAF: Duration = Duration::from_secs(1);
-
 /// The proxy of one daemon.
 #[derive(Debug)]
 pub struct Proxy {
@@ -81,42 +78,29 @@ impl Proxy {
         Arc::new(Self { dialer: Dialer::new(vmm), places: Places::default(), touch, live: Live::default() })
     }
 
-    /// Cuts what leads into sandboxes that go or are captured, for ever: nothing tells it on their connections.
-    pub fn follow(self: &Arc<Self>, vmm: &VmmProxy<'static>) {
-        let (this, asked) = (Arc::clone(self), vmm.clone());
-        tokio::spawn(async move {
-            loop {
-                let heard = this.hear_changes(&asked).await;
-                deaf(heard).await;
+    /// Cuts what leads into sandboxes that go or are captured, as long as the bus is there: nothing tells it on their
+    /// connections.
+    ///
+    /// # Errors
+    /// vmm's signals cannot be subscribed to.
+    pub async fn follow(self: &Arc<Self>, vmm: &VmmProxy<'static>) -> zbus::Result<()> {
+        let (changes, captures) = (vmm.receive_changed().await?, vmm.receive_captured().await?);
+        let this = Arc::clone(self);
+        tokio::spawn(changes.for_each(move |change| {
+            if let Ok(change) = change.args()
+                && matches!(*change.state(), "" | "failed" | "hibernated")
+            {
+                this.cut(change.id());
             }
-        });
-        let (this, asked) = (Arc::clone(self), vmm.clone());
-        tokio::spawn(async move {
-            loop {
-                let heard = this.hear_captures(&asked).await;
-                deaf(heard).await;
-            }
-        });
-    }
-
-    async fn hear_changes(&self, vmm: &VmmProxy<'static>) -> zbus::Result<()> {
-        let mut changes = vmm.receive_changed().await?;
-        while let Some(change) = changes.next().await {
-            let Ok(change) = change.args() else { continue };
-            if matches!(*change.state(), "" | "failed" | "hibernated") {
-                self.cut(change.id());
-            }
-        }
-        Ok(())
-    }
-
-    async fn hear_captures(&self, vmm: &VmmProxy<'static>) -> zbus::Result<()> {
-        let mut captures = vmm.receive_captured().await?;
-        while let Some(captured) = captures.next().await {
+            ready(())
+        }));
+        let this = Arc::clone(self);
+        tokio::spawn(captures.for_each(move |captured| {
             if let Ok(captured) = captured.args() {
-                self.cut(captured.id());
+                this.cut(captured.id());
             }
-        }
+            ready(())
+        }));
         Ok(())
     }
 
@@ -160,13 +144,4 @@ impl Proxy {
         origin::translate_location(response.headers_mut(), &forwarded);
         Ok(response)
     }
-}
-
-/// vmm's signals are not heard any more.
-async fn deaf(heard: zbus::Result<()>) {
-    match heard {
-        Ok(()) => tracing::error!("vmm's signals ended"),
-        Err(error) => tracing::error!("vmm's signals cannot be heard: {error}"),
-    }
-    tokio::time::sleep(DEAF).await;
 }

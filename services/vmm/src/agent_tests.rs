@@ -1,7 +1,6 @@
 use std::sync::Arc;
 
-use guest_init::agent::{Agent, machine::Machine, serve};
-use pandastack_protocol::Failure;
+use guest_init::agent::{Agent, machine::Inert, serve};
 use tokio::net::{TcpListener, UnixListener};
 
 use super::*;
@@ -21,27 +20,6 @@ fn place() -> Place {
 
 fn nobody() -> Identification {
     Identification { machine_id: None, env: Default::default(), workdir: "/srv".into() }
-}
-
-struct NoMachine;
-
-impl Machine for NoMachine {
-    fn identify(&self, _: &Identity) -> std::result::Result<(), Failure> {
-        Ok(())
-    }
-    fn grow_root(&self) -> std::result::Result<(), Failure> {
-        Ok(())
-    }
-    fn shut_down(&self) -> std::result::Result<(), Failure> {
-        Ok(())
-    }
-    fn mount(&self, _: &[Mount]) -> std::result::Result<(), Failure> {
-        Ok(())
-    }
-    fn remember_defaults(&self, _: &Defaults) {}
-    fn remembered_defaults(&self) -> Defaults {
-        Defaults::default()
-    }
 }
 
 /// Reads `CONNECT 52\n`.
@@ -92,7 +70,7 @@ async fn a_port_is_reached_through_the_agent_and_refused_when_nothing_listens() 
     let program = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let port = program.local_addr().unwrap().port();
     tokio::spawn(async move {
-        let agent = Agent::new(NoMachine, None);
+        let agent = Agent::new(Inert, None);
         loop {
             let mut stream = connected(&listener).await;
             stream.write_all(b"OK 1\n").await.unwrap();

@@ -11,7 +11,7 @@ use std::{
     time::Duration,
 };
 
-use guest_init::agent::{Agent, machine::Machine, serve};
+use guest_init::agent::{Agent, machine::Inert, serve};
 use pandastack_api::tenancy::now_ms;
 use pandastack_bus::{
     Error, Result, SandboxId,
@@ -24,34 +24,13 @@ use pandastack_bus::{
     zbus::{self, object_server::SignalEmitter},
 };
 use pandastack_daemon::quotas::lines;
-use pandastack_protocol::{Client, ClientError, Defaults, Failure, Identity};
+use pandastack_protocol::{Client, ClientError};
 use tokio::{net::UnixStream, sync::Notify, task::JoinHandle};
 
 use super::storage::Shelf;
 
 /// Far longer than anything takes here.
 const PATIENCE: Duration = Duration::from_secs(20);
-
-struct NoMachine;
-
-impl Machine for NoMachine {
-    fn identify(&self, _: &Identity) -> std::result::Result<(), Failure> {
-        Ok(())
-    }
-    fn grow_root(&self) -> std::result::Result<(), Failure> {
-        Ok(())
-    }
-    fn shut_down(&self) -> std::result::Result<(), Failure> {
-        Ok(())
-    }
-    fn mount(&self, _: &[pandastack_protocol::Mount]) -> std::result::Result<(), Failure> {
-        Ok(())
-    }
-    fn remember_defaults(&self, _: &Defaults) {}
-    fn remembered_defaults(&self) -> Defaults {
-        Defaults::default()
-    }
-}
 
 /// A vmm that only remembers.
 pub struct FakeVmm {
@@ -114,7 +93,7 @@ impl FakeVmm {
             shelf,
             relays: Mutex::default(),
             captured: Arc::default(),
-            agent: Agent::new(NoMachine, None),
+            agent: Agent::new(Inert, None),
             bus: OnceLock::new(),
         })
     }

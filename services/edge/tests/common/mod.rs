@@ -12,7 +12,7 @@ use std::{
 
 use bytes::Bytes;
 use futures_util::stream;
-use guest_init::agent::{Agent, machine::Machine, serve};
+use guest_init::agent::{Agent, machine::Inert, serve};
 use http::{Request, Response};
 use http_body_util::{BodyExt, Full, StreamBody, combinators::BoxBody};
 use hyper::{body::Incoming, server::conn::http1, service::service_fn};
@@ -36,7 +36,7 @@ use pandastack_edge::{
     router::Router,
     sandboxes::Sandboxes,
 };
-use pandastack_protocol::{Client, ClientError, Defaults, Failure, Identity, Mount};
+use pandastack_protocol::{Client, ClientError};
 use pandastack_proxy::{Proxy, touch::Touch};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -49,27 +49,6 @@ pub const ID: &str = "abcdefghij0123456789";
 
 /// Far longer than anything takes here.
 const PATIENCE: Duration = Duration::from_secs(20);
-
-struct NoMachine;
-
-impl Machine for NoMachine {
-    fn identify(&self, _: &Identity) -> std::result::Result<(), Failure> {
-        Ok(())
-    }
-    fn grow_root(&self) -> std::result::Result<(), Failure> {
-        Ok(())
-    }
-    fn shut_down(&self) -> std::result::Result<(), Failure> {
-        Ok(())
-    }
-    fn mount(&self, _: &[Mount]) -> std::result::Result<(), Failure> {
-        Ok(())
-    }
-    fn remember_defaults(&self, _: &Defaults) {}
-    fn remembered_defaults(&self) -> Defaults {
-        Defaults::default()
-    }
-}
 
 /// A vmm with one sandbox, which does what the edge may ask for.
 pub struct OneSandbox {
@@ -227,7 +206,7 @@ impl Edge {
         let vmm = Arc::new(OneSandbox {
             info: Mutex::new(sandbox()),
             touched: Mutex::default(),
-            agent: Agent::new(NoMachine, None),
+            agent: Agent::new(Inert, None),
         });
         let (one, two) = StdUnixStream::pair().unwrap();
         let (daemons, bus) = tokio::join!(
@@ -244,7 +223,7 @@ impl Edge {
         let touch = Arc::<Touch>::default();
         let proxy = Proxy::new(asked.clone(), Arc::clone(&touch));
         tokio::spawn(touch.run(asked.clone()));
-        proxy.follow(&asked);
+        proxy.follow(&asked).await.unwrap();
         let live = proxy.live.clone();
         tokio::spawn(async move {
             loop {
