@@ -327,11 +327,14 @@ unsafe fn run_child(plan: &Plan) -> i32 {
         }
     }
     plan.stage.store(STAGE_EXEC, Ordering::Release);
-    // SAFETY: resets what Rust's runtime ignores, in this process only, and unblocks the signals `spawn` blocked.
+    // SAFETY: resets what Rust's runtime ignores, and what whoever starts an agent in the background does, in this process
+    // only, and unblocks the signals `spawn` blocked.
     unsafe {
         let mut default: libc::sigaction = std::mem::zeroed();
         default.sa_sigaction = libc::SIG_DFL;
-        libc::sigaction(libc::SIGPIPE, &default, ptr::null_mut());
+        for signal in [libc::SIGPIPE, libc::SIGINT, libc::SIGQUIT] {
+            libc::sigaction(signal, &default, ptr::null_mut());
+        }
         let none: libc::sigset_t = std::mem::zeroed();
         libc::pthread_sigmask(libc::SIG_SETMASK, &none, ptr::null_mut());
     }

@@ -214,7 +214,7 @@ async fn what_fails_says_why_and_leaves_nothing() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_build_is_cancelled_waiting_or_running() {
     let appliance = Appliance::start().await;
-    program(&appliance, "echo begun; sleep 600");
+    program(&appliance, "echo begun; sleep 60");
     let api = Api::new(&appliance);
     let running = build(&api, "name=one&dockerfile=FROM+base").await.json();
     let waiting = build(&api, "name=two&dockerfile=FROM+base").await.json();
@@ -267,7 +267,7 @@ async fn names_that_are_taken_and_too_many_builds_are_refused() {
     assert_eq!(ended(&api, &second.json()).await["status"], "done");
     assert_eq!(api.get("/v1/templates/mine").await.json()["cpu"], 3);
 
-    program(&appliance, "sleep 600");
+    program(&appliance, "sleep 60");
     let many: Vec<u16> = {
         let mut all = Vec::new();
         for number in 0..5 {
