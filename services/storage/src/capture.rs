@@ -22,6 +22,7 @@ use std::{
     io::{Read, Write},
     os::unix::fs::{MetadataExt, PermissionsExt},
     path::Path,
+    time::Instant,
 };
 
 use nix::unistd::geteuid;
@@ -64,6 +65,7 @@ pub fn begin(place: &Place, id: &SandboxId) -> Result<CaptureKind> {
     let Ok(root) = open_regular(&folder.join(layout::ROOT)) else {
         return Err(StorageError::WrongState(format!("sandbox {id} has no root disk")));
     };
+    let start = Instant::now();
     place.admit()?;
     clear(place, id, &folder)?;
     // What is written here is not written while the processors stand still.
@@ -74,10 +76,16 @@ pub fn begin(place: &Place, id: &SandboxId) -> Result<CaptureKind> {
             open_regular(&path)?.sync_data().at(&path)?;
         }
     }
+    let synced = start.elapsed();
     let base = folder.join(layout::MEM);
     let begun = prepare(place, id, &folder, &base).and_then(|kind| {
+        let shared = start.elapsed() - synced;
         unlink(&base)?;
         files::sync_dir(&folder).at(&folder)?;
+        tracing::debug!(
+            sandbox = %id, disks_ms = synced.as_millis() as u64, memory_ms = shared.as_millis() as u64,
+            whole_ms = start.elapsed().as_millis() as u64, "begun",
+        );
         Ok(kind)
     });
     begun.inspect_err(|_| clear_or_log(place, id, &folder))
@@ -124,6 +132,7 @@ pub fn collect(
     memory_mib: u64,
     durable: bool,
 ) -> Result<Collected> {
+    let start = Instant::now();
     let staged = place.stage("snapshot")?;
     let mut files = BTreeMap::new();
     let memory = folder.join(captured(layout::MEM));
@@ -134,6 +143,7 @@ pub fn collect(
             "the capture is not complete: its memory does not have {memory_mib} MiB"
         )));
     }
+    let laid = start.elapsed();
     let state = collect_state(place, folder, staged.path(), durable)?;
     let others = layout::drives().filter(|name| exists(&folder.join(captured(name))));
     for name in [layout::MEM, layout::ROOT].into_iter().chain(others) {
@@ -142,7 +152,12 @@ pub fn collect(
         files.insert(name.to_owned(), fs::symlink_metadata(&to).at(&to)?.len());
     }
     files.insert(layout::STATE.to_owned(), state.1);
+    let sealed = start.elapsed() - laid;
     resident::note(&memory, staged.path());
+    tracing::debug!(
+        sandbox = %id, difference_ms = laid.as_millis() as u64, seal_ms = sealed.as_millis() as u64,
+        whole_ms = start.elapsed().as_millis() as u64, "collected",
+    );
     Ok(Collected { staged, files, state: state.0 })
 }
 

@@ -43,7 +43,7 @@ pub fn sparse(from: &File, to: &File) -> io::Result<u64> {
 }
 
 /// The ranges, widened to whole grains and joined.
-fn grains(ranges: &[Range<u64>], length: u64) -> Vec<Range<u64>> {
+pub(crate) fn grains(ranges: &[Range<u64>], length: u64) -> Vec<Range<u64>> {
     let mut joined: Vec<Range<u64>> = Vec::new();
     for range in ranges.iter().filter(|range| !range.is_empty()) {
         let start = range.start / GRAIN * GRAIN;

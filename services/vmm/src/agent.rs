@@ -9,6 +9,7 @@ use std::{
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
+use futures_util::{FutureExt, StreamExt, stream::FuturesUnordered};
 use pandastack_bus::{Error, Result, SandboxId};
 use pandastack_protocol::{
     Client, ClientError, Code, Defaults, Exec, ExecEvent, Identity, Mount, PORT, Request, Sessions, Unique,
@@ -17,7 +18,7 @@ use serde::de::IgnoredAny;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::UnixStream,
-    time::{Instant, sleep, timeout, timeout_at},
+    time::{Instant, sleep, sleep_until, timeout, timeout_at},
 };
 
 use crate::{
@@ -26,9 +27,10 @@ use crate::{
     socket::{Sockets, VSOCK},
 };
 
-/// The first attempt to be greeted; twice that after one that lasted so long. A guest that answers at all answers
-/// within this, unless its host is busy; a connection that was reset never does.
-const ATTEMPT: Duration = Duration::from_millis(1500);
+/// Until a second connection is tried beside the first one; twice that until the third, and so on. A connection that was there
+/// before the guest noticed that it was restored is never answered, and nothing says so; a guest that is only slow answers
+/// the first one, whatever is tried beside it.
+const BESIDE: Duration = Duration::from_millis(150);
 /// A guest that refuses connections for longer than this after a capture has no agent any more.
 const SETTLING: Duration = Duration::from_secs(4);
 /// Between two attempts to connect.
@@ -96,6 +98,27 @@ impl Agents {
         Client::greet(stream, random_u64(), limit).await
     }
 
+    /// Greets the guest and makes this request, at best in one breath: each turn costs a guest that was just restored many
+    /// first touches of its memory. A `second` connection asks only once it was greeted: had the first one arrived, it would
+    /// have been answered by then, so nothing is done twice. Answers when it was done.
+    async fn introduce(
+        &self,
+        id: &SandboxId,
+        request: &impl Fn() -> Request,
+        deadline: Instant,
+        second: bool,
+    ) -> std::result::Result<Instant, ClientError> {
+        let stream = timeout_at(deadline, self.dial(id)).await.map_err(|_| ClientError::Timeout)??;
+        let left = deadline.saturating_duration_since(Instant::now());
+        if second {
+            let mut client = Client::greet(stream, random_u64(), left).await?;
+            client.call::<IgnoredAny>(&request(), left).await?;
+        } else {
+            Client::greet_and_call::<IgnoredAny>(stream, random_u64(), &request(), left).await?;
+        }
+        Ok(Instant::now())
+    }
+
     async fn call(&self, id: &SandboxId, request: &Request, limit: Duration) -> Result<()> {
         let mut client = self.greet(id, SHORT).await.map_err(|error| unreachable(&error))?;
         client.call::<IgnoredAny>(request, limit).await.map_err(|error| unreachable(&error))?;
@@ -110,39 +133,41 @@ impl Guest for Agents {
         identification: &Identification,
         deadline: Instant,
     ) -> Result<Instant> {
-        let (mut pause, mut patience) = (Duration::from_millis(1), ATTEMPT);
+        let request = || Request::Identity(identity(id, identification));
+        let mut attempts = FuturesUnordered::new();
+        attempts.push(self.introduce(id, &request, deadline, false).boxed());
+        let (mut pause, mut beside) = (Duration::from_millis(1), BESIDE);
+        let mut next = Instant::now() + beside;
         let mut last = String::from("it was never reached");
         loop {
-            let left = deadline.saturating_duration_since(Instant::now());
-            if left.is_zero() {
-                return Err(Error::GuestUnreachable(format!("the guest did not answer in time: {last}")));
-            }
-            let limit = patience.min(left);
-            // Right after a restore a connection can be accepted and then closed by the pending reset.
-            let attempt = async {
-                let stream = timeout(limit, self.dial(id)).await.map_err(|_| ClientError::Timeout)??;
-                // Both in one breath: each turn costs a guest that was just restored many first touches of its memory.
-                let request = Request::Identity(identity(id, identification));
-                Client::greet_and_call::<IgnoredAny>(stream, random_u64(), &request, limit).await?;
-                Ok::<_, ClientError>(Instant::now())
-            };
-            match timeout_at(deadline, attempt).await.unwrap_or(Err(ClientError::Timeout)) {
-                Ok(answered) => return Ok(answered),
-                // It answered and said no: a repetition would not make it unique.
-                Err(ClientError::Guest(failure)) => {
-                    return Err(Error::GuestUnreachable(format!(
-                        "the guest refused its identity: {failure}"
-                    )));
-                }
-                Err(error) => {
-                    if matches!(error, ClientError::Timeout) {
-                        patience *= 2;
+            tokio::select! {
+                Some(outcome) = attempts.next() => match outcome {
+                    Ok(answered) => return Ok(answered),
+                    // It answered and said no: a repetition would not make it unique.
+                    Err(ClientError::Guest(failure)) => {
+                        return Err(Error::GuestUnreachable(format!("the guest refused its identity: {failure}")));
                     }
-                    last = pandastack_daemon::chain(&error);
+                    // Right after a restore a connection can be accepted and then closed by the pending reset.
+                    Err(error) => {
+                        last = pandastack_daemon::chain(&error);
+                        if attempts.is_empty() {
+                            next = Instant::now() + pause;
+                            pause = (pause * 2).min(Duration::from_millis(100));
+                        }
+                    }
+                },
+                () = sleep_until(next.min(deadline)) => {
+                    if Instant::now() >= deadline {
+                        return Err(Error::GuestUnreachable(format!("the guest did not answer in time: {last}")));
+                    }
+                    if !attempts.is_empty() {
+                        beside *= 2;
+                    }
+                    let second = !attempts.is_empty();
+                    attempts.push(self.introduce(id, &request, deadline, second).boxed());
+                    next = Instant::now() + beside;
                 }
             }
-            sleep(pause).await;
-            pause = (pause * 2).min(Duration::from_millis(100));
         }
     }
 

@@ -115,6 +115,45 @@ async fn a_connection_that_is_closed_at_first_is_tried_again() {
 }
 
 #[tokio::test]
+async fn beside_a_connection_that_is_never_answered_another_one_is() {
+    let (_root, agents, id, listener) = place();
+    let guest = tokio::spawn(async move {
+        let mut lost = connected(&listener).await;
+        lost.write_all(b"OK 1\n").await.unwrap();
+        let mut second = connected(&listener).await;
+        second.write_all(b"OK 2\n").await.unwrap();
+        let mut said = [0; 4096];
+        let mut still_there = || match lost.try_read(&mut said) {
+            Ok(count) => count > 0,
+            Err(error) => error.kind() == io::ErrorKind::WouldBlock,
+        };
+        let waits = still_there() && still_there();
+        let _ = serve(second, Agent::new(Inert, None)).await;
+        waits
+    });
+
+    let answer = agents.identify(&id, &nobody(), Instant::now() + Duration::from_secs(20)).await;
+
+    answer.unwrap();
+    assert!(guest.await.unwrap(), "the first connection was given up, and its guest may only be slow");
+}
+
+#[tokio::test]
+async fn a_slow_guest_answers_its_first_connection() {
+    let (_root, agents, id, listener) = place();
+    tokio::spawn(async move {
+        let mut slow = connected(&listener).await;
+        slow.write_all(b"OK 1\n").await.unwrap();
+        let mut second = connected(&listener).await;
+        second.write_all(b"OK 2\n").await.unwrap();
+        let _ = serve(slow, Agent::new(Inert, None)).await;
+        drop(second);
+    });
+
+    agents.identify(&id, &nobody(), Instant::now() + Duration::from_secs(20)).await.unwrap();
+}
+
+#[tokio::test]
 async fn a_silent_guest_is_given_up_at_the_deadline() {
     let (_root, agents, id, _listener) = place();
     let start = Instant::now();
