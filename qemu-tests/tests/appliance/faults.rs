@@ -94,6 +94,14 @@ pub fn killed_daemons_lose_and_leak_nothing(fixture: &Fixture) -> Result<()> {
             wait_active(fixture, daemon)?;
         }
     }
+    // All of them at once: each ends with its connection. So does who listens to the power button.
+    fixture.ssh("systemctl kill -s KILL dbus-broker.service")?;
+    thread::sleep(Duration::from_secs(1));
+    for daemon in DAEMONS {
+        wait_active(fixture, daemon)?;
+    }
+    let seats = fixture.ssh("timeout 10 loginctl --no-legend list-seats")?;
+    ensure!(seats.contains("seat0"), "logind is not on the new bus: {seats:?}");
     thread::sleep(Duration::from_secs(5));
     stop.store(true, Ordering::Relaxed);
     for caller in callers {

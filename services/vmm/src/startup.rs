@@ -129,7 +129,7 @@ fn setting(ctx: &Context, credential: &str, variable: &str) -> Option<usize> {
 /// A slot costs a few MiB; what it saves is process start, of which a core does only some per second: creates tend to come
 /// in bursts. Half of them are dressed for templates.
 fn default_slots(cores: usize) -> usize {
-    (cores * 4).clamp(8, 64)
+    (cores * 8).clamp(16, 64)
 }
 
 /// Tells every change on the bus, in order.

@@ -17,6 +17,8 @@ use crate::{
 
 /// Rounds of what is made without slots.
 const WITHOUT_SLOTS: usize = 4;
+/// Sandboxes that are made at most to use all slots up, of which an appliance of three processors has 24.
+const MOST_TAKEN: usize = 48;
 
 /// `bare_*`, `create_*`, `agent_round_trip`, `exec_over_agent`, `delete_over_bare`.
 pub async fn measure(api: &mut Api, template: &str, rounds: usize, table: &mut Table) -> Result<()> {
@@ -65,7 +67,7 @@ pub async fn measure(api: &mut Api, template: &str, rounds: usize, table: &mut T
 async fn without_slots(api: &mut Api, template: &str, rounds: usize) -> Result<Vec<f64>> {
     let (mut series, mut taken) = (Vec::new(), Vec::new());
     for _ in 0..rounds {
-        while api.slots().await? > 0 && taken.len() < 16 {
+        while api.slots().await? > 0 && taken.len() < MOST_TAKEN {
             taken.push(api.create(template).await?.0);
         }
         let (id, micros, _) = api.create(template).await?;
