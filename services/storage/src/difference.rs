@@ -113,9 +113,9 @@ fn copy(from: &File, to: &File, length: u64) -> io::Result<()> {
     }
     let mut buffer = vec![0; BUFFER.min(length) as usize];
     let mut rest = &changed[..];
-    for grains in grains(&changed, length) {
-        for start in (grains.start..grains.end).step_by(BUFFER as usize) {
-            let end = grains.end.min(start + BUFFER);
+    for part in grains(&changed, length) {
+        for start in (part.start..part.end).step_by(BUFFER as usize) {
+            let end = part.end.min(start + BUFFER);
             let bytes = &mut buffer[..(end - start) as usize];
             rest = &rest[rest.partition_point(|run| run.end <= start)..];
             if rest.first().is_none_or(|run| run.start > start || run.end < end) {

@@ -135,9 +135,8 @@ impl Guest for Agents {
     ) -> Result<Instant> {
         let request = || Request::Identity(identity(id, identification));
         let mut attempts = FuturesUnordered::new();
-        attempts.push(self.introduce(id, &request, deadline, false).boxed());
         let (mut pause, mut beside) = (Duration::from_millis(1), BESIDE);
-        let mut next = Instant::now() + beside;
+        let mut next = Instant::now();
         let mut last = String::from("it was never reached");
         loop {
             tokio::select! {
@@ -160,10 +159,10 @@ impl Guest for Agents {
                     if Instant::now() >= deadline {
                         return Err(Error::GuestUnreachable(format!("the guest did not answer in time: {last}")));
                     }
-                    if !attempts.is_empty() {
+                    let second = !attempts.is_empty();
+                    if second {
                         beside *= 2;
                     }
-                    let second = !attempts.is_empty();
                     attempts.push(self.introduce(id, &request, deadline, second).boxed());
                     next = Instant::now() + beside;
                 }
